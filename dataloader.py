@@ -1,0 +1,380 @@
+"""
+Tokenizer, token shards, the mixture and the batches that training reads.
+
+    text --(data/prepare.py)--> DATA/manifest.json, tokenizer.txt, <source>-<split>-00000.bin ...    token shards
+    shards --> Source: one long stream of tokens, cut into windows of T + 1 tokens
+    sources --> Mix: global sample i -> (source, epoch, window), a pure function of (seed, mix, i)
+    Mix --> Loader: micro-batches (inputs, targets) of one rank, prefetched by a thread
+
+Nothing has a state beyond the global sample index: a run resumed on any number of ranks sees the same batches, and
+seeking to any step costs the same. Rank and world size are arguments.
+
+A shard is a 128-byte header (see HEADER: magic, version, counts, the tokenizer's sha256) and uint16 tokens, little
+endian. Every document begins with `<|bos|>`. A window may span documents; there is no document mask. Validation
+documents are chosen by a hash of their text, so that no rank, epoch or re-tokenisation trains on them.
+
+Without a data folder, the text sample embedded in data/sample/ is tokenised in memory.
+
+Not here: downloading and tokenising corpora (data/prepare.py), the model, the loss.
+"""
+import base64
+import hashlib
+import json
+import lzma
+import math
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+HERE = Path(__file__).parent / "data"
+BOS = "<|bos|>"
+SHARD_MAGIC, SHARD_VERSION = b"poe-toks", 1
+HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("vocab_size", "<u4"), ("n_tokens", "<u8"), ("n_documents", "<u8"),
+                   ("tokenizer_sha256", "S64"), ("reserved", "V32")])       # 128 bytes
+SAMPLE_WEIGHTS = {"prose": 40, "encyclopedia": 30, "code": 30}              # percent of tokens, of the embedded sample
+SAMPLE_VAL_FRACTION = 0.0125                                                # about 120 KB of its text
+VAL_SEED = 20_260_411                                                       # validation windows are fixed for ever, whatever --seed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+class Tokenizer:
+    """Byte-level BPE of `vocab_size` ids: the first V - 1 ranks of a rank file, and `<|bos|>` = V - 1.
+
+    A shorter list of merges is itself a valid BPE, so that small models share the one tokenizer file.
+    """
+
+    def __init__(self, ranks, pattern):
+        """ranks: list of token bytes in order of rank, at least the 256 single bytes. pattern: the split regex."""
+        self.ranks, self.pattern = ranks, pattern
+        self.vocab_size = len(ranks) + 1
+        self.bos = len(ranks)
+        self.encoding = tiktoken.Encoding("poe", pat_str=pattern, special_tokens={BOS: self.bos},
+                                          mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
+        self.token_bytes = np.array([len(token) for token in ranks] + [0], dtype=np.int64)  # special tokens count no bytes
+        self.sha256 = hashlib.sha256(self.rank_text() + pattern.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder=HERE, vocab_size=None):
+        """Read tokenizer.txt (base64 token, rank; as tiktoken writes it) and tokenizer.json (the pattern) of a folder."""
+        folder = Path(folder)
+        try:
+            lines = (folder / "tokenizer.txt").read_bytes().splitlines()
+            ranks = [base64.b64decode(line.split()[0], validate=True) for line in lines]
+            ordered = [int(line.split()[1]) for line in lines] == list(range(len(lines)))
+            pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"]
+        except (ValueError, IndexError, KeyError, TypeError) as e:
+            raise ValueError(f"the tokenizer in {folder} is not readable: {e}") from None
+        if not ordered or len(set(ranks)) != len(ranks) or {bytes([b]) for b in range(256)} - set(ranks[:256]):
+            raise ValueError(f"{folder / 'tokenizer.txt'} is not a byte-level BPE in order of rank")
+        if vocab_size is not None:
+            if not 257 <= vocab_size <= len(ranks) + 1:
+                raise ValueError(f"vocab_size {vocab_size} does not fit the tokenizer in {folder}, which has "
+                                 f"{len(ranks) + 1} ids; choose --vocab-size from 257 to {len(ranks) + 1}")
+            ranks = ranks[:vocab_size - 1]
+        return cls(ranks, pattern)
+
+    def rank_text(self):
+        """The rank file's content, bytes."""
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self.ranks))
+
+    def files(self):
+        """The two files that `load` reads, {name: bytes}."""
+        meta = {"name": "poe", "pattern": self.pattern, "special_tokens": [BOS], "vocab_size": self.vocab_size}
+        return {"tokenizer.txt": self.rank_text(), "tokenizer.json": json.dumps(meta, indent=1).encode()}
+
+    def encode(self, text):
+        """bos + ordinary text (text that spells a special token stays plain text), as a list of ids."""
+        return [self.bos] + self.encoding.encode_ordinary(clean_text(text))
+
+    def encode_documents(self, texts, num_threads=2):
+        """Concatenate documents, each beginning with bos: uint16 (n,)."""
+        pieces = []
+        for ids in self.encoding.encode_ordinary_batch([clean_text(text) for text in texts], num_threads=num_threads):
+            pieces += [self.bos], ids
+        return np.concatenate([np.asarray(p, dtype=np.uint16) for p in pieces]) if pieces else np.zeros(0, np.uint16)
+
+    def decode_bytes(self, ids):
+        """The UTF-8 bytes of ids; bos stands for none."""
+        return b"".join(self.ranks[i] for i in ids if i != self.bos)
+
+    def decode(self, ids):
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def clean_text(text):
+    """Replace lone surrogates, which UTF-8 cannot hold, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def is_validation(text, fraction):
+    """Whether a document is held out: a function of its text alone."""
+    return int.from_bytes(hashlib.sha256(clean_text(text).encode()).digest()[:8], "big") < fraction * 2 ** 64
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shards
+
+def write_shard(path, tokens, n_documents, tokenizer):
+    """Write tokens (uint16) as one shard, whole or not at all."""
+    header = np.zeros(1, HEADER)
+    header[0] = (SHARD_MAGIC, SHARD_VERSION, tokenizer.vocab_size, len(tokens), n_documents, tokenizer.sha256.encode(), b"")
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as f:
+        f.write(header.tobytes())
+        np.ascontiguousarray(tokens, dtype="<u2").tofile(f)
+    temporary.replace(path)
+
+
+def open_shard(path, tokenizer):
+    """Map a shard's tokens, uint16 (n,). Raises ValueError when it is cut, foreign or of another tokenizer."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"shard {path} is missing; run data/prepare.py tokenize again")
+    size = path.stat().st_size
+    if size < HEADER.itemsize:
+        raise ValueError(f"shard {path} has {size} bytes, less than a header; run data/prepare.py tokenize again")
+    header = np.fromfile(path, HEADER, count=1)[0]
+    if header["magic"] != SHARD_MAGIC or header["version"] != SHARD_VERSION:
+        raise ValueError(f"{path} is not a token shard of version {SHARD_VERSION} (magic {bytes(header['magic'])!r})")
+    expected = HEADER.itemsize + 2 * int(header["n_tokens"])
+    if size != expected:
+        raise ValueError(f"shard {path} has {size} bytes where its header says {expected}: it was cut; "
+                         f"run data/prepare.py tokenize again")
+    if header["tokenizer_sha256"].decode() != tokenizer.sha256:
+        raise ValueError(f"shard {path} was written with another tokenizer ({header['vocab_size']} ids, sha256 "
+                         f"{header['tokenizer_sha256'].decode()[:12]}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...)")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.itemsize, shape=(int(header["n_tokens"]),))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources and the mixture
+
+class Source:
+    """A stream of tokens made of shards, read in windows. Window w of length T holds tokens [wT, wT + T], T + 1 of them."""
+
+    def __init__(self, name, weight, shards):
+        self.name, self.weight, self.shards = name, weight, shards
+        self.ends = np.cumsum([len(shard) for shard in shards])             # of each shard in the stream
+        self.n_tokens = int(self.ends[-1]) if shards else 0
+
+    def n_windows(self, T):
+        return max(0, (self.n_tokens - 1) // T)
+
+    def window(self, w, T):
+        """Tokens of window w, uint16 (T + 1,), joined across shards where it crosses an end."""
+        start, stop, parts = w * T, w * T + T + 1, []
+        s = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            offset = int(self.ends[s]) - len(self.shards[s])
+            parts.append(self.shards[s][start - offset:stop - offset])
+            start, s = int(self.ends[s]), s + 1
+        return np.concatenate(parts)
+
+
+def _mix64(x):
+    """splitmix64's finaliser: a bijection of uint64 (arrays), the hash behind every shuffle here."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index, n, key):
+    """Element `index` of a pseudo-random permutation of range(n), chosen by `key`, in O(1) time and memory.
+
+    A four-round Feistel network on the smallest even-bit domain that holds n, walked until it lands inside.
+    index: uint64 (B,) < n. key: uint64 (B,), one permutation each. Returns uint64 (B,).
+    """
+    half = np.uint64(max(1, math.ceil(math.log2(max(n, 2)) / 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    out = index.copy()
+    todo = np.ones(len(index), dtype=bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & low
+        for round_key in range(4):
+            left, right = right, left ^ (_mix64(right + _mix64(key[todo] + np.uint64(round_key))) & low)
+        out[todo] = (left << half) | right
+        todo = out >= n
+    return out
+
+
+class Mix:
+    """Sources mixed by weight: global sample i maps to a window by arithmetic alone.
+
+    A deck of cards, as many of each source as its weight says, is dealt over and over. Its order is stratified: the j-th
+    of a source's c cards stands at a random place of the j-th c-th of the deck, so the count of any source in any prefix is
+    within one card of its share. The n-th card of a source takes window n of its stream; each epoch of the stream is
+    reshuffled by its own permutation.
+    """
+
+    def __init__(self, sources, sequence_len, seed):
+        self.sources, self.T, self.seed = sources, sequence_len, seed
+        self.windows = np.array([source.n_windows(sequence_len) for source in sources], dtype=np.uint64)
+        for source, n in zip(sources, self.windows):
+            if n == 0:
+                raise ValueError(f"source {source.name} has {source.n_tokens} tokens, less than one window of {sequence_len + 1}; "
+                                 f"add text to it, drop it or lower --sequence-len")
+        tenths = np.array([10 * source.weight for source in sources])
+        if np.any(tenths <= 0):
+            raise ValueError(f"source weights must be positive, not {[source.weight for source in sources]}")
+        if np.abs(tenths - tenths.round()).max() > 1e-6:                    # not tenths of a percent: take a thousand cards
+            tenths = np.maximum(1, 1000 * tenths / tenths.sum())
+        cards = tenths.round().astype(np.int64)
+        self.cards = (cards // np.gcd.reduce(cards)).astype(np.uint64)
+        draw = np.random.Generator(np.random.PCG64(seed)).random(int(self.cards.sum()))
+        places = np.concatenate([np.arange(c) / c for c in self.cards]) + draw / np.repeat(self.cards, self.cards.astype(int))
+        owner = np.repeat(np.arange(len(sources)), self.cards.astype(int))
+        order = np.argsort(places, kind="stable")
+        self.deck = owner[order]                                            # source of each card
+        number = np.concatenate([np.arange(c) for c in self.cards]).astype(np.uint64)
+        self.number = number[order]                                         # its number among the cards of its source
+
+    def locate(self, indices):
+        """Map global samples to (source, epoch, window), three integer arrays as long as `indices`."""
+        indices = np.asarray(indices, dtype=np.uint64)
+        deal, card = indices // np.uint64(len(self.deck)), (indices % np.uint64(len(self.deck))).astype(np.int64)
+        source = self.deck[card]
+        n = deal * self.cards[source] + self.number[card]                   # n-th sample of its source
+        epoch, place = n // self.windows[source], n % self.windows[source]
+        window = np.empty_like(place)
+        for s in np.unique(source):
+            rows = source == s
+            key = _mix64(np.uint64(self.seed) ^ _mix64((np.uint64(s) << np.uint64(48)) + epoch[rows] + np.uint64(1)))
+            window[rows] = permute(place[rows], int(self.windows[s]), key)
+        return source, epoch, window
+
+    def batch(self, indices):
+        """Read samples: (inputs, targets), int64 tensors (B, T); targets are inputs shifted by one."""
+        source, _, window = self.locate(indices)
+        tokens = np.stack([self.sources[s].window(int(w), self.T) for s, w in zip(source, window)]).astype(np.int64)
+        tokens = torch.from_numpy(tokens)                                   # (B, T + 1)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def n_in_first_epoch(self):
+        """How many samples can be drawn before any window comes twice."""
+        decks = min(int(w) // int(c) for w, c in zip(self.windows, self.cards))
+        indices = np.arange(decks * len(self.deck), (decks + 2) * len(self.deck) + 1)
+        _, epoch, _ = self.locate(indices)
+        return int(indices[np.argmax(epoch > 0)])
+
+
+class Data:
+    """A tokenised corpus: its tokenizer, and `train` and `val` sources. See `open_data`."""
+
+    def __init__(self, path, tokenizer, read_sources):
+        self.path, self.tokenizer, self._read_sources = path, tokenizer, read_sources
+
+    def train(self, sequence_len, seed):
+        return Mix(self._read_sources("train"), sequence_len, seed)
+
+    def val(self, sequence_len):
+        return Mix(self._read_sources("val"), sequence_len, VAL_SEED)
+
+
+def open_data(path="", vocab_size=None):
+    """Open a folder of token shards, or the embedded sample where `path` is empty.
+
+    vocab_size: ids that the model has; must be the folder's, or at most the embedded tokenizer's. None takes what is there.
+    Raises FileNotFoundError or ValueError naming the file and the remedy.
+    """
+    if not path:
+        tokenizer = Tokenizer.load(vocab_size=vocab_size)
+        return Data("", tokenizer, lambda split: _read_sample(tokenizer, split))
+    folder = Path(path)
+    if not (folder / "manifest.json").exists():
+        raise FileNotFoundError(f"{folder} has no manifest.json: it is not a folder of token shards; make one with data/prepare.py tokenize, "
+                                f"or leave --data out for the embedded sample")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        sources = [(s["name"], float(s["weight"]), {split: [f["file"] for f in s[split]] for split in ("train", "val")})
+                   for s in manifest["sources"]]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder / 'manifest.json'} is not readable ({e!r}); run data/prepare.py tokenize again") from None
+    tokenizer = Tokenizer.load(folder)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise ValueError(f"{folder} was tokenised with {tokenizer.vocab_size} ids, the model has vocab_size {vocab_size}: "
+                         f"use --vocab-size {tokenizer.vocab_size} or other data")
+    if not sources:
+        raise ValueError(f"{folder / 'manifest.json'} names no sources; run data/prepare.py tokenize again")
+    return Data(str(path), tokenizer, lambda split: [
+        Source(name, weight, [open_shard(folder / file, tokenizer) for file in files[split]]) for name, weight, files in sources])
+
+
+def _read_sample(tokenizer, split):
+    """Tokenise one split of data/sample/*.jsonl.xz in memory: a list of sources."""
+    sources = []
+    for name, weight in SAMPLE_WEIGHTS.items():
+        with lzma.open(HERE / "sample" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as f:
+            texts = [json.loads(line)["text"] for line in f]
+        texts = [t for t in texts if is_validation(t, SAMPLE_VAL_FRACTION) == (split == "val")]
+        sources.append(Source(name, weight, [tokenizer.encode_documents(texts)]))
+    return sources
+
+
+def validation_windows(mix, n_tokens):
+    """The first windows of a validation mix that hold `n_tokens` targets: a count of windows.
+
+    Raises ValueError when the mix has fewer (a window that came twice would be counted twice).
+    """
+    n, most = max(1, n_tokens // mix.T), mix.n_in_first_epoch()
+    if n > most:
+        raise ValueError(f"{n_tokens:,} validation tokens were asked for, but the validation shards hold {most * mix.T:,} in the mix's proportions; "
+                         f"lower --eval-tokens or --split-tokens")
+    return n
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+
+class Loader:
+    """Iterate over one rank's micro-batches for ever, from global sample `start`; a thread reads ahead.
+
+    A step takes the next `batch` samples, whatever the world size: rank r takes the r-th of `world` equal parts, in
+    micro-batches of `micro_batch`. Yields (inputs, targets), int64 (micro_batch, T) on `device`.
+    """
+
+    def __init__(self, mix, start, batch, micro_batch, device="cpu", rank=0, world=1, read_ahead=4):
+        assert batch % (world * micro_batch) == 0, f"batch {batch} is not a multiple of {world} ranks x {micro_batch} sequences"
+        self.mix, self.start, self.batch, self.micro_batch, self.rank, self.world = mix, start, batch, micro_batch, rank, world
+        self.device = torch.device(device)
+        self.queue, self.stopped = queue.Queue(maxsize=read_ahead), threading.Event()
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self):
+        part = self.batch // self.world
+        first = self.start + self.rank * part
+        while not self.stopped.is_set():
+            for i in range(first, first + part, self.micro_batch):
+                try:
+                    item = self.mix.batch(np.arange(i, i + self.micro_batch))
+                    if self.device.type == "cuda":
+                        item = tuple(tensor.pin_memory() for tensor in item)
+                except Exception as error:                                  # raised again in the consumer, by __next__
+                    item = error
+                while not self.stopped.is_set():
+                    try:
+                        self.queue.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+            first += self.batch
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item = self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in item)
+
+    def close(self):
+        self.stopped.set()
+        self.thread.join()

@@ -1,0 +1,256 @@
+"""
+model.py against a naive twin (two matmuls a stage, full logits, one backward over K losses), brute-force products and hand counts.
+
+Run: python -m pytest tests/test_model.py
+Sizes are distinct primes or near, so that swapped dimensions cannot pass; float64, so that tolerances are rounding alone.
+"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+from model import PRESETS, KVCache, ModelConfig, PoE, combine, count_parameters, flops_per_token, norm
+
+CONFIG = dict(sequence_len=13, vocab_size=23, n_layer=5, n_embd=12, n_head=6, n_kv_head=3, mlp_hidden=17, stage_layers=(2, 1, 2))
+
+
+def make(dtype=torch.float64, **changes):
+    """A small model with random weights everywhere: zero projections would hide mistakes."""
+    model = PoE(ModelConfig(**{**CONFIG, **changes}), dtype).to(dtype)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def tokens(B=3, T=11, vocab_size=23):
+    generator = torch.Generator().manual_seed(2)
+    idx = torch.randint(vocab_size, (B, T + 1), generator=generator)
+    return idx[:, :-1], idx[:, 1:]
+
+
+def naive_losses(model, idx, targets, detach):
+    """K losses the obvious way: two matmuls a stage, all logits, autograd through everything."""
+    x = x0 = model.embed(idx)
+    losses = []
+    for k in range(model.config.n_stage):
+        x = model.stage(k, x, x0, idx)
+        logits = F.linear(norm(x), model.lm_head.weight) + (F.linear(norm(x), model.lm_head_stages[k].weight) if model.lm_head_stages else 0)
+        losses.append(F.cross_entropy(15 * torch.tanh(logits / 15).flatten(0, 1), targets.flatten()))
+        if detach:
+            x, x0 = x.detach(), x0.detach()
+    return losses
+
+
+@pytest.mark.parametrize("objective", ["poe", "joint", "bp"])
+def test_merged_chunked_per_stage_backward_equals_naive_twin(objective, monkeypatch):
+    monkeypatch.setitem(M.LOSS_CHUNK_LOGITS, "cpu", 7 * 23)     # chunks of 7 tokens: a row of 11 makes a whole one and a rest
+    changes = {"stage_layers": (5,)} if objective == "bp" else {}
+    ours, twin = make(objective=objective, **changes), make(objective=objective, **changes)
+    idx, targets = tokens()
+    expected = naive_losses(twin, idx, targets, detach=objective == "poe")
+    sum(expected).backward()
+    losses = [loss for half in range(3)                         # three micro-batches of one row each
+              for loss in ours.backward_by_stage(idx[half:half + 1], targets[half:half + 1], 1 / targets.numel())]
+    ours.finish_gradients()
+    for k, loss in enumerate(expected):
+        assert abs(sum(value for j, value in losses if j == k).item() - loss.item()) < 1e-12
+    for (name, p), (_, q) in zip(ours.named_parameters(), twin.named_parameters()):
+        error = (p.grad - q.grad).abs().max().item()
+        assert error < 1e-12, f"{name}: gradients differ by {error:.1e}"
+
+
+def test_no_gradient_of_a_stage_reaches_another_stages_parameters():
+    model = make()
+    idx, targets = tokens()
+    for j, loss in enumerate(naive_losses(model, idx, targets, detach=True)):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        for name, p in model.named_parameters():
+            own = model.stage_of(name) in (j, None)
+            reached = p.grad is not None and bool(p.grad.any())
+            assert reached == own, f"loss {j} {'misses' if own else 'reaches'} {name}, which belongs to stage {model.stage_of(name)}"
+
+
+def test_without_the_detach_the_top_loss_reaches_stage_zero():     # the negative control of the test above
+    model = make(objective="joint")
+    naive_losses(model, *tokens(), detach=False)[-1].backward()
+    assert model.blocks[0].mlp.c_fc.weight.grad.abs().max() > 1e-6
+
+
+def test_wte_is_trained_by_stage_zero_alone():
+    model = make()
+    after = []
+    for k, _ in model.backward_by_stage(*tokens(), 1 / 33):
+        after.append(model.wte.weight.grad.clone())
+    assert after[0].abs().max() > 0
+    assert all(torch.equal(after[0], grad) for grad in after[1:])
+
+
+def test_later_stages_still_run_when_their_loss_is_asked_one_at_a_time():
+    model = make()
+    assert [k for k, _ in model.backward_by_stage(*tokens(), 1.0)] == [0, 1, 2]
+
+
+def test_future_tokens_never_change_earlier_log_probs():
+    model = make()
+    idx, _ = tokens()
+    changed = idx.clone()
+    changed[:, 7:] = (changed[:, 7:] + 5) % 23
+    a, b = model(idx), model(changed)
+    assert torch.equal(a[:, :7], b[:, :7])
+    assert not torch.equal(a[:, 7:], b[:, 7:])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+def test_combine_equals_brute_force_product_of_probabilities(alpha):
+    generator = torch.Generator().manual_seed(3)
+    p = torch.softmax(torch.randn(4, 2, 7, generator=generator, dtype=torch.float64), dim=-1)      # (K, n, V)
+    product = p.prod(dim=0) ** (4 ** alpha / 4)                 # exp(K^alpha (1/K) sum log p)
+    expected = (product / product.sum(dim=-1, keepdim=True)).log()
+    assert (combine(p.log().sum(dim=0), 4, alpha) - expected).abs().max() < 1e-12
+
+
+def test_prefix_of_all_stages_is_the_full_model_and_of_one_is_stage_zero():
+    model = make()
+    idx, _ = tokens()
+    singles = [model.log_probs(k, x) for k, x in enumerate(model.boundaries(idx))]
+    assert torch.equal(combine(sum(singles), 3), model(idx))
+    assert torch.equal(combine(singles[0], 1), singles[0])
+    assert (model(idx).exp().sum(dim=-1) - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("n_kv_head", [3, 6])
+def test_cached_decoding_equals_the_uncached_forward(n_kv_head):
+    model = make(n_kv_head=n_kv_head)
+    idx, _ = tokens(B=2, T=12)
+    expected = model(idx)
+    cache = KVCache(model.config, 2, 13, "cpu", torch.float64)
+    cache.keys.fill_(1e9), cache.values.fill_(1e9)              # garbage in every slot that no query may read
+    got = []
+    for start, end in ((0, 5), (5, 6), (6, 9), (9, 12)):        # a prompt, then one token, then several
+        positions = torch.arange(start, end).expand(2, -1)
+        cache.place(positions, end)
+        x = x0 = model.embed(idx[:, start:end])
+        total = 0
+        for k in range(3):
+            x = model.stage(k, x, x0, idx[:, start:end], cache)
+            total = total + model.log_probs(k, x)
+        got.append(combine(total, 3))
+    error = (torch.cat(got, dim=1) - expected).abs().max().item()
+    assert error < 1e-12, error
+
+
+def test_rows_at_different_positions_share_a_cache():
+    model = make()
+    idx, _ = tokens(B=2, T=12)
+    expected = model(idx)
+    cache = KVCache(model.config, 2, 13, "cpu", torch.float64)
+
+    def step(token_idx, positions, end):
+        cache.place(positions, end)
+        x = x0 = model.embed(token_idx)
+        total = 0
+        for k in range(3):
+            x = model.stage(k, x, x0, token_idx, cache)
+            total = total + model.log_probs(k, x)
+        return combine(total, 3)
+
+    step(idx[:, :6], torch.arange(6).expand(2, -1), 6)          # both rows to position 5
+    ragged = torch.stack([idx[0, 6:8], idx[1, 3:5]])            # row 0 goes on, row 1 goes back and overwrites 3 and 4
+    out = step(ragged, torch.tensor([[6, 7], [3, 4]]), 8)
+    assert (out[0] - expected[0, 6:8]).abs().max() < 1e-12
+    assert (out[1] - expected[1, 3:5]).abs().max() < 1e-12
+
+
+def test_frozen_model_gives_the_training_forwards_outputs():
+    model = make()
+    idx, _ = tokens()
+    before = model(idx)
+    assert torch.equal(model.freeze_for_inference()(idx), before)
+
+
+def test_bfloat16_frozen_model_equals_the_unfrozen_one_bit_for_bit():
+    model = make(torch.float32)
+    model.compute_dtype = torch.bfloat16
+    idx, _ = tokens()
+    before = model(idx)
+    assert before.dtype == torch.float32
+    assert torch.equal(model.freeze_for_inference()(idx), before)
+
+
+def test_loss_gradient_of_a_confident_head_is_exact_in_float32():
+    """At the softcap's end, p - 1 cancels; the target's gradient is written, not subtracted in low precision."""
+    logits = torch.tensor([[40.0, -3.0, 0.5]])
+    loss, grad = M._cross_entropy_chunk(logits, torch.tensor([0]), 1.0)
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(15 * torch.tanh(wide / 15), torch.tensor([0]))
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 1e-6
+    assert (grad.double() - wide.grad).abs().max() < 1e-8
+
+
+def test_3b_has_the_cards_parameter_counts():
+    groups = count_parameters(PRESETS["3b"])
+    assert groups["matrices"] == 2_080_374_784
+    assert groups["value_embeds"] == 536_870_912
+    assert groups["heads"] == 335_544_320
+    assert groups["wte"] == 67_108_864
+    assert sum(groups[g] for g in ("matrices", "value_embeds", "heads", "wte")) == 3_019_898_880
+    assert groups["gates"] + groups["scalars"] < 1e-4 * 3_019_898_880
+    assert [r[-1] for r in PoE_on_meta("3b").layers_of_stage] == [15, 21, 26, 31]
+
+
+def PoE_on_meta(preset):
+    with torch.device("meta"):
+        return PoE(PRESETS[preset])
+
+
+def test_3b_flops_per_token_are_15_70_g():
+    assert abs(flops_per_token(PRESETS["3b"]) / 1e9 - 15.70) < 0.005
+
+
+def test_d12_and_1b_are_near_their_names():
+    for preset, size in (("d12", 125e6), ("1b", 1e9)):
+        config = PRESETS[preset]
+        trunk_and_head = count_parameters(config)["matrices"] + config.vocab_size * config.n_embd
+        assert abs(trunk_and_head / size - 1) < 0.05, f"{preset}: {trunk_and_head:,}"
+
+
+def test_every_parameter_has_one_stage_and_one_group():
+    for preset in PRESETS:
+        model = PoE_on_meta(preset)
+        stages = {name: model.stage_of(name) for name, _ in model.named_parameters()}
+        assert [name for name, stage in stages.items() if stage is None] == ["lm_head.weight"]
+        assert set(stages.values()) == {None, 0, 1, 2, 3}
+        assert sum(count_parameters(PRESETS[preset]).values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_bp_has_one_head_and_a_value_embedding_on_the_last_layer():
+    model = make(objective="bp", stage_layers=(5,))
+    assert len(model.lm_head_stages) == 0
+    assert [block.attn.value_embed is not None for block in model.blocks] == [True, False, True, False, True]
+
+
+def test_init_is_reproducible_and_starts_every_stage_at_the_uniform_distribution():
+    a, b = (PoE(ModelConfig(**CONFIG)) for _ in range(2))
+    a.init_weights(5), b.init_weights(5)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    b.init_weights(6)
+    assert not torch.equal(a.wte.weight, b.wte.weight)
+    idx, targets = tokens()
+    for _, loss in a.backward_by_stage(idx, targets, 1 / targets.numel()):
+        assert abs(loss.item() - math.log(23)) < 0.02           # lm_head has std 0.001
+
+
+@pytest.mark.parametrize("changes, word", [
+    (dict(stage_layers=(2, 2, 2)), "sum"), (dict(stage_layers=()), "sum"), (dict(stage_layers=(6, -1)), "positive"), (dict(n_embd=14), "n_head"),
+    (dict(n_head=12), "even"), (dict(n_kv_head=4), "n_kv_head"), (dict(vocab_size=0), "vocab_size"), (dict(objective="ff"), "objective"),
+    (dict(objective="bp"), "one stage")])
+def test_a_wrong_shape_is_named(changes, word):
+    with pytest.raises(ValueError, match=word):
+        ModelConfig(**{**CONFIG, **changes})
