@@ -36,7 +36,7 @@ SHARD_MAGIC, SHARD_VERSION = b"poe-toks", 1
 HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("vocab_size", "<u4"), ("n_tokens", "<u8"), ("n_documents", "<u8"),
                    ("tokenizer_sha256", "S64"), ("reserved", "V32")])       # 128 bytes
 SAMPLE_WEIGHTS = {"prose": 40, "encyclopedia": 30, "code": 30}              # percent of tokens, of the embedded sample
-SAMPLE_VAL_FRACTION = 0.0125                                                # about 120 KB of its text
+SAMPLE_VAL_FRACTION = 0.01                                                  # 126 KB of its text
 VAL_SEED = 20_260_411                                                       # validation windows are fixed for ever, whatever --seed
 
 

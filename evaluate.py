@@ -23,7 +23,7 @@ import torch
 
 from dataloader import VAL_SEED, open_data, validation_windows
 from flags import flag, parse_flags, run
-from model import attention_backends, checkpoint_steps, combine, load_checkpoint
+from model import attention_backends, checkpoint_steps, choose_device, combine, load_checkpoint
 
 SPLIT_TOKENS = 1_048_576        # the card's slice
 CHUNK_LOGITS = 2 ** 26          # (token, vocabulary) pairs held at once per array: 256 MiB in float32
@@ -100,8 +100,7 @@ def slice_text(mix, n_windows, tokenizer):
 
 def evaluate_checkpoint(path, config, progress):
     """Measure one step directory; write its metrics.json; return the metrics."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, config.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    device, dtype = choose_device(config.device, config.dtype)
     model, record, weights_sha256 = load_checkpoint(path, device, dtype)
     data = open_data(config.data if config.data is not None else record["train"]["data"], record["model"]["vocab_size"])
     if data.tokenizer.sha256 != record["tokenizer"]["sha256"]:
@@ -174,8 +173,8 @@ class EvalConfig:
             raise ValueError(f"--split-tokens {self.split_tokens} must be at least 1")
 
 
-def main():
-    given = parse_flags(EvalConfig, __doc__, positionals=[("checkpoints", "+", "step-XXXXX directories, or runs: all their steps")])
+def main(argv=None):
+    given = parse_flags(EvalConfig, __doc__, argv, positionals=[("checkpoints", "+", "step-XXXXX directories, or runs: all their steps")])
     paths = []
     for path in map(Path, given.pop("checkpoints")):
         steps = checkpoint_steps(path)
@@ -184,11 +183,12 @@ def main():
         paths += steps or [path]
     config = EvalConfig(**given)
     rows, start = [], time.time()
-    for number, path in enumerate(paths, 1):
+    for number, path in enumerate(paths):
         def progress(done, of):
-            eta = (time.time() - start) * ((len(paths) - number + 1) * of / max(1, done + (number - 1) * of) - (done / of if number == 1 else 0))
+            share = (number + done / of) / len(paths)
             if sys.stderr.isatty():
-                print(f"\r{path.name} ({number}/{len(paths)}) {done}/{of} windows eta:{max(0, eta):.0f}s ", end="", file=sys.stderr)
+                print(f"\r{path.name} ({number + 1}/{len(paths)}) {done}/{of} windows eta:{(time.time() - start) * (1 / share - 1):.0f}s  ",
+                      end="", file=sys.stderr)
         rows.append(evaluate_checkpoint(path, config, progress))
         if sys.stderr.isatty():
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr)

@@ -37,7 +37,7 @@ SOFTCAP = 15.0          # logits are squashed into (-15, 15) [SPEC 1]
 QK_SCALE = 1.2 * 1.2    # sharper attention after QK-norm: 1.2 on each side, as in nanochat
 GATE_CHANNELS = 12      # the value-embedding gate reads the first 12 channels, as in nanochat
 ROPE_BASE = 100_000
-LOSS_CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 4096 * 32768}  # (token, vocabulary) pairs whose logits the loss holds at once: cache, memory
+LOSS_CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 4096 * 32768}  # (token, vocabulary) pairs whose logits the loss holds at once (README: measured)
 OBJECTIVES = ("poe", "joint", "bp")
 
 
@@ -90,7 +90,7 @@ class ModelConfig:
 
 #                        sequence   vocab  layers  width  heads  kv    mlp    stages
 PRESETS = {
-    "tiny": ModelConfig(      256,   1024,      5,   128,     4,  2,   512, (2, 1, 1, 1)),
+    "tiny": ModelConfig(      256,   1024,      5,    96,     3,  1,   384, (2, 1, 1, 1)),
     "d12":  ModelConfig(     2048,  32768,     12,   768,     6,  3,  4096, (6, 2, 2, 2)),      # 122 M in matrices + one head
     "1b":   ModelConfig(     2048,  32768,     26,  1536,    12,  6,  9600, (13, 5, 4, 4)),     # 1.00 G
     "3b":   ModelConfig(     2048,  32768,     32,  2048,    16,  8, 12800, (16, 6, 5, 5)),     # the card's, 3.02 G in all
@@ -180,6 +180,16 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale):
 
 
 cross_entropy_chunk = _cross_entropy_chunk      # replaced by its compiled form in PoE.compile_regions
+
+
+def choose_device(device=None, dtype=None):
+    """(torch.device, torch.dtype) from their names; None takes cuda where there is one, and bfloat16 there or float32 elsewhere."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from None
+    return chosen, getattr(torch, dtype or ("bfloat16" if chosen.type == "cuda" else "float32"))
 
 
 def attention_backends(device):

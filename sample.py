@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from dataloader import Tokenizer
 from flags import flag, parse_flags, run
-from model import KVCache, attention_backends, combine, load_checkpoint, resolve_checkpoint
+from model import KVCache, attention_backends, choose_device, combine, load_checkpoint, resolve_checkpoint
 
 MODES = ("full", "single", "prefix")
 
@@ -172,12 +172,11 @@ class SampleConfig:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
 
 
-def main():
-    given = parse_flags(SampleConfig, __doc__, positionals=[("checkpoint", None, "a step-XXXXX directory, or a run: its newest")])
+def main(argv=None):
+    given = parse_flags(SampleConfig, __doc__, argv, positionals=[("checkpoint", None, "a step-XXXXX directory, or a run: its newest")])
     path = resolve_checkpoint(given.pop("checkpoint"))
     config = SampleConfig(**given)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, config.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    device, dtype = choose_device(config.device, config.dtype)
     model, _, _ = load_checkpoint(path, device, dtype)
     tokenizer = Tokenizer.load(path)
     heads = stages_of_mode(model.config, config.mode, config.stage, config.prefix)

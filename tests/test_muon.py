@@ -3,14 +3,12 @@ muon.py against torch.optim, singular values, and itself on several ranks (gloo)
 
 Run: python -m pytest tests/test_muon.py
 """
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from model import PRESETS, PoE, parameter_group
 from muon import POLAR_EXPRESS, MuonAdamW, adamw_update, assign_owners, muon_update, orthogonalize
@@ -135,40 +133,39 @@ def test_owners_of_3b_on_12_ranks_are_balanced():
     assert max(load) / (sum(load) / 12) < 1.02
 
 
-RANKS = '''
-import sys, torch, torch.distributed as dist
-sys.path[:0] = sys.argv[1:3]
-torch.set_num_threads(1)
-from test_muon import MuonAdamW, groups_of, randn
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-params = {f"w{i}": randn(5, 7, seed=i) for i in range(4)} | {f"v{i}": randn(3 + i, seed=i) for i in range(3)}
-optimizer = MuonAdamW(groups_of(params), rank, world)
-for step in range(4):
-    for i, p in enumerate(params.values()):
-        parts = [randn(*p.shape, seed=100 * step + 10 * part + i) for part in range(6)]     # six micro-batches, dealt to the ranks
-        p.grad = sum(parts[rank::world]) / len(parts[rank::world])
-    optimizer.start_reduce(["w1", "v0"])                                                    # some begun early, as a stage's are
-    optimizer.step()
-if rank == 0:
-    torch.save(params, sys.argv[3])
-assert len(optimizer.state_dict()) < len(params) or world == 1
-dist.destroy_process_group()
-'''
+def train_on_ranks(rank, world, port, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    params = {f"w{i}": randn(5, 7, seed=i) for i in range(4)} | {f"v{i}": randn(3 + i, seed=i) for i in range(3)}
+    optimizer = MuonAdamW(groups_of(params), rank, world)
+    for step in range(4):
+        for i, p in enumerate(params.values()):
+            parts = [randn(*p.shape, seed=100 * step + 10 * part + i) for part in range(6)]     # six micro-batches, dealt to the ranks
+            p.grad = sum(parts[rank::world]) / len(parts[rank::world])
+        optimizer.start_reduce(["w1", "v0"])                                                    # some begun early, as a stage's are
+        optimizer.step()
+    torch.save(params, path)
+    assert len(optimizer.state_dict()) < len(params) or world == 1
+    dist.destroy_process_group()
 
 
 def test_two_and_three_ranks_equal_one(tmp_path):
-    here = Path(__file__).parent
-    (tmp_path / "ranks.py").write_text(RANKS)
-    port = {world: str(unused_port()) for world in (1, 2, 3)}
-    processes = [subprocess.Popen([sys.executable, tmp_path / "ranks.py", here.parent, here, tmp_path / f"{world}.pt"], env={
-        **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port[world]})
-        for world in (1, 2, 3) for rank in range(world)]
-    assert [p.wait(timeout=100) for p in processes] == [0] * 6
-    results = {world: torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2, 3)}
-    for world in (2, 3):                    # 4 matrices and 3 vectors: multiples of neither
-        error = max((results[1][n] - results[world][n]).abs().max().item() for n in results[1])
+    processes = []
+    for world in (1, 2, 3):                 # 4 matrices and 3 vectors: multiples of neither
+        port = unused_port()
+        processes += [multiprocessing.get_context("fork").Process(target=train_on_ranks, args=(rank, world, port, tmp_path / f"{world}-{rank}.pt"))
+                      for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0] * 6
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    for world in (2, 3):
+        ranks = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+        error = max((one[n] - ranks[0][n]).abs().max().item() for n in one)
         assert error < 1e-10, f"{world} ranks differ from one by {error:.1e}"
+        assert all(torch.equal(ranks[0][n], other[n]) for other in ranks for n in one)
 
 
 def unused_port():
