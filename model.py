@@ -37,7 +37,9 @@ SOFTCAP = 15.0          # logits are squashed into (-15, 15) [SPEC 1]
 QK_SCALE = 1.2 * 1.2    # sharper attention after QK-norm: 1.2 on each side, as in nanochat
 GATE_CHANNELS = 12      # the value-embedding gate reads the first 12 channels, as in nanochat
 ROPE_BASE = 100_000
-LOSS_CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 4096 * 32768}  # (token, vocabulary) pairs whose logits the loss holds at once (README: measured)
+# (token, vocabulary) pairs whose logits the loss holds at once. Measured: 2^20 fits a CPU's cache (1.35x the speed of one chunk); 4,096 tokens
+# of 32,768 take 10.3 ms per 16,384 tokens and 0.8 GiB on an H100, all 16,384 at once 9.9 ms and 2.1 GiB.
+LOSS_CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 4096 * 32768}
 OBJECTIVES = ("poe", "joint", "bp")
 
 
@@ -193,7 +195,10 @@ def choose_device(device=None, dtype=None):
 
 
 def attention_backends(device):
-    """Context in which attention prefers cuDNN's kernel on CUDA (1.7x flash on Hopper, README), and is left alone elsewhere."""
+    """Context in which attention prefers cuDNN's kernel on CUDA, and is left alone elsewhere.
+
+    Forward + backward on an H100 at (B, H / H_kv, T, D) = (8, 16 / 8, 2048, 128), torch 2.11: cuDNN 1.32 ms, flash 2.33 ms.
+    """
     if torch.device(device).type != "cuda":
         return nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
