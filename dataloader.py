@@ -24,6 +24,7 @@ import lzma
 import math
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("vocab_size", "<u4"), (
                    ("tokenizer_sha256", "S64"), ("reserved", "V32")])       # 128 bytes
 SAMPLE_WEIGHTS = {"prose": 40, "encyclopedia": 30, "code": 30}              # percent of tokens, of the embedded sample
 SAMPLE_VAL_FRACTION = 0.01                                                  # 126 KB of its text
+PIECE = 2 ** 18         # characters encoded at a time: tiktoken's regex overflows its stack near a million spaces
 VAL_SEED = 20_260_411                                                       # validation windows are fixed for ever, whatever --seed
 
 
@@ -70,8 +72,8 @@ class Tokenizer:
             pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"]
         except (ValueError, IndexError, KeyError, TypeError) as e:
             raise ValueError(f"the tokenizer in {folder} is not readable: {e}") from None
-        if not ordered or len(set(ranks)) != len(ranks) or {bytes([b]) for b in range(256)} - set(ranks[:256]):
-            raise ValueError(f"{folder / 'tokenizer.txt'} is not a byte-level BPE in order of rank")
+        if not ordered or len(ranks) >= 2 ** 16 or len(set(ranks)) != len(ranks) or {bytes([b]) for b in range(256)} - set(ranks[:256]):
+            raise ValueError(f"{folder / 'tokenizer.txt'} is not a byte-level BPE of at most 65,536 ids in order of rank")
         if vocab_size is not None:
             if not 257 <= vocab_size <= len(ranks) + 1:
                 raise ValueError(f"vocab_size {vocab_size} does not fit the tokenizer in {folder}, which has "
@@ -90,14 +92,21 @@ class Tokenizer:
 
     def encode(self, text):
         """bos + ordinary text (text that spells a special token stays plain text), as a list of ids."""
-        return [self.bos] + self.encoding.encode_ordinary(clean_text(text))
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text, begins=True):
+        """As `encode`, uint16 (n,); without bos where the text goes on from an earlier piece. Long text is encoded in pieces."""
+        text, start, parts = clean_text(text), 0, [[self.bos] if begins else []]
+        while start < len(text):
+            stop = cut_text(text, start)
+            parts.append(self.encoding.encode_to_numpy(text[start:stop], disallowed_special=()))
+            start = stop
+        return np.concatenate(parts, dtype=np.uint16, casting="unsafe")     # ids fit in 16 bits: see `load`
 
     def encode_documents(self, texts, num_threads=2):
         """Concatenate documents, each beginning with bos: uint16 (n,)."""
-        pieces = []
-        for ids in self.encoding.encode_ordinary_batch([clean_text(text) for text in texts], num_threads=num_threads):
-            pieces += [self.bos], ids
-        return np.concatenate([np.asarray(p, dtype=np.uint16) for p in pieces]) if pieces else np.zeros(0, np.uint16)
+        with ThreadPoolExecutor(num_threads) as pool:                       # tiktoken works outside the interpreter lock
+            return np.concatenate([np.zeros(0, np.uint16), *pool.map(self.encode_array, texts)])
 
     def decode_bytes(self, ids):
         """The UTF-8 bytes of ids; bos stands for none."""
@@ -111,6 +120,24 @@ class Tokenizer:
 def clean_text(text):
     """Replace lone surrogates, which UTF-8 cannot hold, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def cut_text(text, start):
+    """Where to end a piece of at most PIECE characters from `start` so that encoding pieces gives the tokens of the whole.
+
+    That is before a space that follows something other than white space, or before a newline that follows a letter or a digit: no
+    match of a split pattern of GPT-2's or GPT-4's kind lies across it, and none looks behind. Text without such a place is cut
+    after PIECE characters, and the tokens at that place may differ from those of the whole.
+    """
+    stop, found = start + PIECE, -1
+    if stop >= len(text):
+        return len(text)
+    for blank, allowed in ((" ", lambda before: not before.isspace()), ("\n", str.isalnum)):
+        place = stop
+        while (place := text.rfind(blank, start + 1, place)) > found:
+            if allowed(text[place - 1]):
+                found = place
+    return found if found > 0 else stop
 
 
 def is_validation(text, fraction):

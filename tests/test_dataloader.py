@@ -52,6 +52,19 @@ def test_decode_inverts_encode(vocab_size, text):
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "a" * 1_000_000, "word " * 60_000 + "\n" + "x1 = 'naïve'\n" * 30_000])
+def test_a_million_characters_round_trip(text):
+    tokenizer = Tokenizer.load()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pieces_have_the_tokens_of_the_whole(monkeypatch):
+    tokenizer, text = Tokenizer.load(), " ".join(f"piece {i}, it's\n\n  {i * 7919} naïve 東京\tend." for i in range(300))
+    whole = tokenizer.encoding.encode_ordinary(text)
+    monkeypatch.setattr(D, "PIECE", 97)
+    assert tokenizer.encode(text) == [tokenizer.bos, *whole]
+
+
 def test_lone_surrogates_become_the_replacement_character(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
