@@ -138,7 +138,7 @@ def combine(sum_log_probs, n_experts, alpha=0.0):
     return F.log_softmax(sum_log_probs * n_experts ** (alpha - 1.0), dim=-1)
 
 
-def _cross_entropy_chunk(logits, targets, scale):
+def cross_entropy_chunk(logits, targets, scale):
     """Return (sum of nats, d loss / d logits) of softcapped logits (n, V); the gradient carries `scale`.
 
     The softcap bounds exp() by e^15, so the softmax needs no maximum subtracted, in float32 too.
@@ -155,13 +155,14 @@ def _cross_entropy_chunk(logits, targets, scale):
     return (total.log() - SOFTCAP * tanh_y).sum(), grad
 
 
-def head_cross_entropy(x, weight, targets, weight_grad, scale):
+def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss=cross_entropy_chunk):
     """Softcapped cross-entropy of a head with its gradients, chunk by chunk, never holding all logits.
 
     The gradient is computed in the forward (as Liger's fused linear cross-entropy, arXiv 2410.10989, does), so
     there are three matrix products and no recomputation.
     x: (N, C), detached. weight: (V, C), dtype of x. targets: int64 (N,). weight_grad: float32 (V, C), mutated:
-    the gradient is added to it in float32, since a sum over chunks in bf16 drifts. scale: factor on loss and gradients.
+    the gradient is added to it in float32, since a sum over chunks in bf16 drifts. scale: factor on loss
+    and gradients. chunk_loss: `cross_entropy_chunk` or its compiled form.
     Returns (loss, x_grad): 0-d tensor, scale * summed nats; (N, C) in the dtype of x.
     """
     x_grad = torch.empty_like(x)
@@ -169,7 +170,7 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale):
     step = max(1, LOSS_CHUNK_LOGITS.get(x.device.type, LOSS_CHUNK_LOGITS["cpu"]) // weight.size(0))
     for i in range(0, x.size(0), step):
         x_chunk = x[i:i + step]
-        nats, grad = cross_entropy_chunk(x_chunk @ weight.T, targets[i:i + step], scale)    # grad (n, V)
+        nats, grad = chunk_loss(x_chunk @ weight.T, targets[i:i + step], scale)    # grad (n, V)
         loss += nats
         torch.mm(grad, weight, out=x_grad[i:i + step])
         if weight_grad.dtype == x.dtype:
@@ -179,9 +180,6 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale):
         else:
             weight_grad.addmm_(grad.T.to(weight_grad.dtype), x_chunk.to(weight_grad.dtype))
     return loss * scale, x_grad
-
-
-cross_entropy_chunk = _cross_entropy_chunk      # replaced by its compiled form in PoE.compile_regions
 
 
 def choose_device(device=None, dtype=None):
@@ -330,6 +328,7 @@ class PoE(nn.Module):
         ends = [sum(config.stage_layers[:k + 1]) for k in range(config.n_stage)]
         self.layers_of_stage = [range(end - n, end) for end, n in zip(ends, config.stage_layers)]
         self.merged_heads = None                                            # set by `freeze_for_inference`
+        self.chunk_loss = cross_entropy_chunk                               # its compiled form after `compile_regions`
         cos, sin = rotary_tables(config.sequence_len, config.head_dim)
         self.register_buffer("cos", cos, persistent=False)                  # (sequence_len, D / 2)
         self.register_buffer("sin", sin, persistent=False)
@@ -448,7 +447,7 @@ class PoE(nn.Module):
                 head.weight.grad = torch.zeros_like(head.weight)
             with torch.no_grad():
                 loss, normed_grad = head_cross_entropy(
-                    normed.flatten(0, 1), self.head_weight(k), targets.flatten(), head.weight.grad, scale)
+                    normed.flatten(0, 1), self.head_weight(k), targets.flatten(), head.weight.grad, scale, self.chunk_loss)
             if self.config.objective == "poe":
                 normed.backward(normed_grad.view_as(normed))
                 x, x0 = x.detach(), x0.detach()                             # the locality contract
@@ -478,8 +477,7 @@ class PoE(nn.Module):
 
     def compile_regions(self):
         """Compile a block (the same code serves all layers) and the loss's elementwise part, not the whole model."""
-        global cross_entropy_chunk
-        cross_entropy_chunk = torch.compile(_cross_entropy_chunk, dynamic=False)
+        self.chunk_loss = torch.compile(cross_entropy_chunk, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)
 

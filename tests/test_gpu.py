@@ -1,0 +1,71 @@
+"""
+What only a GPU can show: compiled bfloat16 training against float32, the memory of per-stage backward, decoding over a cache.
+
+Run: python -m pytest tests/test_gpu.py            (skipped without CUDA; every claim has a CPU form in the other files)
+"""
+import pytest
+import torch
+
+from model import ModelConfig, PoE, attention_backends
+from sample import generate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+SHAPE = dict(sequence_len=256, vocab_size=2048, n_layer=8, n_embd=256, n_head=4, n_kv_head=2, mlp_hidden=1024, stage_layers=(2, 2, 2, 2))
+
+
+def make(dtype, objective="poe"):
+    with torch.device("cuda"):
+        model = PoE(ModelConfig(**SHAPE, objective=objective), dtype)
+    model.init_weights(0)
+    with torch.no_grad():
+        for block in model.blocks:                              # zero projections would hide the blocks
+            torch.nn.init.normal_(block.attn.c_proj.weight, std=0.02), torch.nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
+    return model
+
+
+def batch(B=8):
+    tokens = torch.randint(2048, (B, 257), generator=torch.Generator().manual_seed(0)).cuda()
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def losses_and_gradients(model, B=8):
+    with attention_backends("cuda"):
+        losses = [loss.item() for _, loss in model.backward_by_stage(*batch(B), 1 / (B * 256))]
+    model.finish_gradients()
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_compiled_bfloat16_training_is_float32_training_within_bfloat16():
+    reference, wide = losses_and_gradients(make(torch.float32))
+    model = make(torch.bfloat16)
+    model.compile_regions()
+    losses, grads = losses_and_gradients(model)
+    assert max(abs(a - b) for a, b in zip(losses, reference)) < 0.01, (losses, reference)      # nats; bfloat16 has 8 bits
+    for name, grad in grads.items():
+        if grad.dim() == 2 and "value_gate" not in name:        # sums of many terms: their direction is well determined
+            cosine = torch.nn.functional.cosine_similarity(grad.flatten().double(), wide[name].flatten().double(), dim=0).item()
+            assert cosine > 0.98, f"{name}: {cosine:.4f}"
+
+
+def test_backward_by_stage_holds_one_stages_activations():
+    def peak(objective):
+        model = make(torch.bfloat16, objective)
+        losses_and_gradients(model, B=32)                       # gradients are allocated by now
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in model.backward_by_stage(*batch(32), 1.0):
+            pass
+        return torch.cuda.max_memory_allocated() - before
+    poe, joint = peak("poe"), peak("joint")
+    assert poe < 0.5 * joint, (poe, joint)                      # four equal stages: a quarter, and the loss
+
+
+def test_cached_decoding_equals_the_uncached_forward():
+    model, (idx, _) = make(torch.float32), batch(1)
+    prompt = idx[0, :40].tolist()
+    with attention_backends("cuda"):
+        tokens = [int(t) for t in generate(model, prompt, 30, range(4), temperature=0.0)]
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt + tokens], device="cuda"))[0, 39:-1]
+    margin = expected.max(dim=-1).values - expected.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
+    assert margin.max().item() < 1e-4, margin                   # the chosen token is the best one up to float32 rounding
