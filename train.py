@@ -369,14 +369,14 @@ def main(argv=None):
     model.init_weights(config.seed)
     groups = optimizer_groups(model, config)
     optimizer = MuonAdamW(groups)
-    step, state = 0, {"step": 0, "sample": 0, "train_time": 0.0}
+    step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk
     if config.resume:
         for leftover in out.glob(".tmp-step-*"):
             shutil.rmtree(leftover)
         checkpoint = newest_whole_checkpoint(out)
         if checkpoint:
             state = restore(checkpoint, model, optimizer, tokenizer)
-            step = state["step"]
+            step = saved = state["step"]
         print(f"resuming {checkpoint or 'from step 0: no whole checkpoint yet'}")
     first_step = step
     out.mkdir(parents=True, exist_ok=True)
@@ -421,12 +421,13 @@ def main(argv=None):
     with attention_backends(device):
         while True:
             last = step == end
-            save_due = last or (config.save_every > 0 and step % config.save_every == 0 and step > 0)
-            fresh = step > first_step or (step == first_step and last)     # a resumed step is saved and validated already
-            if fresh and (save_due or (config.eval_every > 0 and step % config.eval_every == 0)):
+            save_due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
+            eval_due = config.eval_every > 0 and step % config.eval_every == 0
+            if last or ((save_due or eval_due) and step > first_step):      # a resumed step was validated before
                 metrics = validate()
-            if (fresh and save_due and not (last and step == first_step)) or (stop and step > first_step) or (stop and not checkpoint_steps(out)):
+            if (save_due or stop) and step != saved:
                 print(f"saved {save()}", flush=True)
+                saved = step
             if last or stop:
                 break
 

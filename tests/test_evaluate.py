@@ -105,7 +105,7 @@ def test_slice_text_is_the_targets_bytes_in_the_corpus_order():
 def test_the_script_measures_every_step_and_writes_metrics(trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    evaluate.main([str(run), "--split-tokens", "320", "--dtype", "float64"])
+    evaluate.main([str(run), "--split-tokens", "320", "--device", "cpu", "--dtype", "float64"])
     out = capsys.readouterr().out
     assert "| Branch | Step | full K=3 | single s0 | single s1 | single s2 | prefix K'=1 | prefix K'=2 |" in out
     assert "| `step-00003` | 3 |" in out and "| `step-00006` | 6 |" in out
@@ -115,7 +115,7 @@ def test_the_script_measures_every_step_and_writes_metrics(trained, tmp_path, ca
     assert metrics["train_log_bpb"] == {"full": pytest.approx(metrics["bpb"]["full"], rel=1e-12), "tokens": metrics["tokens"]}
     _, _, sha256 = load_checkpoint(run / "step-00006")
     assert metrics["settings"]["weights_sha256"] == sha256
-    evaluate.main([str(run / "step-00006"), "--split-tokens", "320", "--json"])
+    evaluate.main([str(run / "step-00006"), "--split-tokens", "320", "--json", "--device", "cpu"])
     assert json.loads(capsys.readouterr().out)["bpb"]["full"] == pytest.approx(metrics["bpb"]["full"], rel=1e-5)      # float32
 
 

@@ -6,7 +6,7 @@ Run: python -m pytest tests/test_gpu.py            (skipped without CUDA; every 
 import pytest
 import torch
 
-from model import ModelConfig, PoE, attention_backends
+from model import LOSS_CHUNK_LOGITS, ModelConfig, PoE, attention_backends
 from sample import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -17,9 +17,10 @@ def make(dtype, objective="poe"):
     with torch.device("cuda"):
         model = PoE(ModelConfig(**SHAPE, objective=objective), dtype)
     model.init_weights(0)
-    with torch.no_grad():
-        for block in model.blocks:                              # zero projections would hide the blocks
-            torch.nn.init.normal_(block.attn.c_proj.weight, std=0.02), torch.nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for block in model.blocks:                                  # zero projections would hide the blocks
+        for linear in (block.attn.c_proj, block.mlp.c_proj):
+            torch.nn.init.normal_(linear.weight, std=0.02, generator=generator)
     return model
 
 
@@ -44,10 +45,12 @@ def test_compiled_bfloat16_training_is_float32_training_within_bfloat16():
     for name, grad in grads.items():
         if grad.dim() == 2 and "value_gate" not in name:        # sums of many terms: their direction is well determined
             cosine = torch.nn.functional.cosine_similarity(grad.flatten().double(), wide[name].flatten().double(), dim=0).item()
-            assert cosine > 0.98, f"{name}: {cosine:.4f}"
+            assert cosine > 0.99, f"{name}: {cosine:.4f}"
 
 
-def test_backward_by_stage_holds_one_stages_activations():
+def test_backward_by_stage_holds_one_stages_activations(monkeypatch):
+    monkeypatch.setitem(LOSS_CHUNK_LOGITS, "cuda", 2 ** 20)     # a loss small beside the activations, as in a large model
+
     def peak(objective):
         model = make(torch.bfloat16, objective)
         losses_and_gradients(model, B=32)                       # gradients are allocated by now
@@ -57,7 +60,7 @@ def test_backward_by_stage_holds_one_stages_activations():
             pass
         return torch.cuda.max_memory_allocated() - before
     poe, joint = peak("poe"), peak("joint")
-    assert poe < 0.5 * joint, (poe, joint)                      # four equal stages: a quarter, and the loss
+    assert poe < 0.5 * joint, (poe, joint)                      # four equal stages: about a quarter
 
 
 def test_cached_decoding_equals_the_uncached_forward():

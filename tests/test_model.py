@@ -91,6 +91,29 @@ def test_wte_is_trained_by_stage_zero_alone():
     assert all(torch.equal(after[0], grad) for grad in after[1:])
 
 
+def test_backward_by_stage_holds_one_stages_activations():
+    """Bytes that autograd saves for backward, at their peak: one of four equal stages under poe, all of them under joint."""
+    def peak(objective):
+        model, live, most = make(torch.float32, n_layer=4, stage_layers=(1, 1, 1, 1), objective=objective), [0], [0]
+
+        class Saved:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                live[0] += tensor.nbytes
+                most[0] = max(most[0], live[0])
+
+            def __del__(self):
+                live[0] -= self.tensor.nbytes
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            for _ in model.backward_by_stage(*tokens(), 1.0):
+                pass
+        assert live[0] == 0
+        return most[0]
+    poe, joint = peak("poe"), peak("joint")
+    assert 0.2 < poe / joint < 0.35, poe / joint
+
+
 def test_later_stages_still_run_when_their_loss_is_asked_one_at_a_time():
     model = make()
     assert [k for k, _ in model.backward_by_stage(*tokens(), 1.0)] == [0, 1, 2]
