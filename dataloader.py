@@ -349,7 +349,9 @@ def validation_windows(mix, n_tokens):
 
     Raises ValueError when the mix has fewer (a window that came twice would be counted twice).
     """
-    n, most = max(1, n_tokens // mix.T), mix.n_in_first_epoch()
+    n, most = n_tokens // mix.T, mix.n_in_first_epoch()
+    if n < 1:
+        raise ValueError(f"{n_tokens:,} validation tokens are less than one window of {mix.T}; raise --eval-tokens or --split-tokens")
     if n > most:
         raise ValueError(f"{n_tokens:,} validation tokens were asked for, but the validation shards hold {most * mix.T:,} in the mix's proportions; "
                          f"lower --eval-tokens or --split-tokens")

@@ -23,9 +23,10 @@ Shapes: B batch, T time, C channels, H attention heads, D head dim, K stages, V 
 import hashlib
 import json
 import math
+import pickle
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -340,7 +341,7 @@ class PoE(nn.Module):
             model = cls(ModelConfig(**record["model"]), compute_dtype)
         model.cos, model.sin = rotary_tables(model.config.sequence_len, model.config.head_dim)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        found = {name: tuple(p.shape) for name, p in weights.items()}
+        found = {name: tuple(getattr(p, "shape", ())) for name, p in weights.items()}
         if expected != found:
             name = min(set(expected.items()) ^ set(found.items()))[0]
             raise ValueError(f"weights and config disagree on {name}: the config says {expected.get(name, 'absent')}, "
@@ -556,7 +557,10 @@ def resolve_checkpoint(path):
 def sha256_of(path):
     """Hex sha256 of a file; of config.json without its `poe_wand_*` keys, which calibration may write later."""
     if Path(path).name == "config.json":
-        config = {k: v for k, v in json.loads(Path(path).read_text()).items() if not k.startswith("poe_wand_")}
+        config = json.loads(Path(path).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds no JSON object")
+        config = {k: v for k, v in config.items() if not k.startswith("poe_wand_")}
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -589,15 +593,31 @@ def verify_checkpoint(path, skip_optimizer=False):
     return files
 
 
+def read_record(path):
+    """config.json of a step directory, as a dict with model, train, tokenizer, phases and step. Raises ValueError where it is not one."""
+    record = json.loads((Path(path) / "config.json").read_text())
+    shape = {f.name for f in fields(ModelConfig)}
+    for key, keys in (("model", shape), ("train", {"data"}), ("tokenizer", {"sha256"})):
+        if not isinstance(record.get(key), dict) or not keys <= record[key].keys():
+            raise ValueError(f"{path}/config.json is not a checkpoint's: it needs {key!r} with {', '.join(sorted(keys))}; use another step")
+    return record
+
+
+def load_tensors(path):
+    """Tensors of a file that torch.save wrote, mapped on the CPU. Executes nothing (weights_only). Raises ValueError where it is not one."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} is not a file of tensors: {str(e).splitlines()[0]}; use another step") from None
+
+
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Read a checkpoint's weights for inference: (model, config.json as a dict, sha256 of model.pt).
 
-    path: a step or run directory. Tensors are read with weights_only=True. Raises as `verify_checkpoint`, and
-    ValueError when weights and config disagree.
+    path: a step or run directory. Raises as `verify_checkpoint`, and ValueError when weights and config disagree.
     """
     path = resolve_checkpoint(path)
     files = verify_checkpoint(path, skip_optimizer=True)
-    record = json.loads((path / "config.json").read_text())
-    model = PoE.from_record(record, torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True),
-                            compute_dtype=dtype)
+    record = read_record(path)
+    model = PoE.from_record(record, load_tensors(path / "model.pt"), compute_dtype=dtype)
     return model.to(device).freeze_for_inference(), record, files["model.pt"]

@@ -177,8 +177,10 @@ def main(argv=None):
     path = resolve_checkpoint(given.pop("checkpoint"))
     config = SampleConfig(**given)
     device, dtype = choose_device(config.device, config.dtype)
-    model, _, _ = load_checkpoint(path, device, dtype)
+    model, record, _ = load_checkpoint(path, device, dtype)
     tokenizer = Tokenizer.load(path)
+    if tokenizer.sha256 != record["tokenizer"]["sha256"]:
+        raise ValueError(f"the tokenizer in {path} is not the one that its config.json names; use another step")
     heads = stages_of_mode(model.config, config.mode, config.stage, config.prefix)
     streaming = not config.json and config.num_samples == 1
     if streaming:

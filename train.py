@@ -34,8 +34,8 @@ import torch
 from dataloader import Loader, open_data, validation_windows
 from evaluate import score, slice_text, summarize, write_json
 from flags import flag, parse_flags, run
-from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters, flops_per_token,
-                   parameter_group, sha256_of, verify_checkpoint)
+from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters,
+                   flops_per_token, load_tensors, parameter_group, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW
 from sample import complete
 from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
@@ -119,7 +119,7 @@ class TrainConfig:
     save_every: int = flag(None, "steps between checkpoints, beside the last (-1 = off; default: preset)")
 
     def __post_init__(self):
-        for name in ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens"):
+        for name in ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         for name in ("seed", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
@@ -165,7 +165,10 @@ def resolve_config(given):
             raise ValueError(f"{', '.join(fixed)} cannot be given with --resume: the run in {out} has its own; leave it out or start another --out")
         if Path(given.get("out") or out) != out:
             raise ValueError(f"--out {given['out']} and --resume {out} name two runs; leave --out out")
-        return TrainConfig(**{**recorded, **given, "out": str(out)})
+        try:
+            return TrainConfig(**{**recorded, **given, "out": str(out)})
+        except TypeError as e:
+            raise ValueError(f"{out / 'config.json'} is not of this version ({e}); start another --out") from None
     preset = given.get("preset", "tiny")
     shape = asdict(PRESETS[preset])
     shape["stage_layers"] = ",".join(map(str, shape["stage_layers"]))
@@ -298,13 +301,12 @@ def newest_whole_checkpoint(out):
 
 def restore(path, model, optimizer, tokenizer):
     """Load weights and optimizer state of a checkpoint into `model` and `optimizer`; return its state.json."""
-    record = json.loads((path / "config.json").read_text())
-    if record["tokenizer"]["sha256"] != tokenizer.sha256:
+    if read_record(path)["tokenizer"]["sha256"] != tokenizer.sha256:
         raise ValueError(f"{path} was trained with another tokenizer than the data's; use --data with its own")
-    model.load_state_dict(torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True))
+    model.load_state_dict(load_tensors(path / "model.pt"))
     optimizer_state = {}
     for file in sorted((path / "optim").glob("rank-*.pt")):
-        optimizer_state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        optimizer_state.update(load_tensors(file))
     optimizer.load_state_dict(optimizer_state)
     return json.loads((path / "state.json").read_text())
 

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_train.py
 """
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 import pytest
 import torch
 
+import sample
 import train
 from conftest import ROOT, SMALL
 from model import PRESETS, PoE, load_checkpoint, verify_checkpoint
@@ -253,3 +255,33 @@ def test_a_bad_shard_stops_the_start_and_writes_nothing(spoil, word, data, tmp_p
     line = refused(train.main, *SMALL, "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert "prose-train-00000.bin" in line and word in line
     assert not (tmp_path / "run").exists()
+
+
+def remanifest(step):
+    """Make the manifest agree with damaged files: what a careless copy or an attacker would leave."""
+    manifest = json.loads((step / "manifest.json").read_text())
+    (step / "manifest.json").write_text(json.dumps({**manifest, "files": {name: train.sha256_of(step / name) for name in manifest["files"]}}))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name, content, word", [
+    ("model.pt", b"", "not a file of tensors"), ("model.pt", pickle.dumps(Evil()), "not a file of tensors"), ("config.json", b'{"model": null}', "needs 'model'"),
+    ("config.json", b'{"model": {"n_layer": 3}}', "needs 'model'"), ("tokenizer.txt", b"IQ== 0\n", "byte-level BPE")])
+def test_a_foreign_file_in_a_checkpoint_is_named_and_never_executed(name, content, word, trained, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "step-00006"
+    shutil.copytree(trained / "step-00006", step)
+    (step / name).write_bytes(content)
+    remanifest(step)
+    assert word in refused(sample.main, step)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_config_that_is_not_a_run_s_is_named(tmp_path, refused):
+    for content in ("[1]", '{"train": {"nonsense": 1}}', '{"train": null}', "{"):
+        (tmp_path / "config.json").write_text(content)
+        assert "config.json" in refused(train.main, "--resume", tmp_path)
