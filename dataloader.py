@@ -240,17 +240,17 @@ class Mix:
     reshuffled by its own permutation.
     """
 
-    def __init__(self, sources, sequence_len, seed):
-        self.sources, self.T, self.seed = sources, sequence_len, seed
+    def __init__(self, sources, sequence_len, seed, vocab_size=2 ** 16):
+        self.sources, self.T, self.seed, self.vocab_size = sources, sequence_len, seed, vocab_size
         self.windows = np.array([source.n_windows(sequence_len) for source in sources], dtype=np.uint64)
         for source, n in zip(sources, self.windows):
             if n == 0:
                 raise ValueError(f"source {source.name} has {source.n_tokens} tokens, less than one window of {sequence_len + 1}; "
                                  f"add text to it, drop it or lower --sequence-len")
         tenths = np.array([10 * source.weight for source in sources])
-        if np.any(tenths <= 0):
-            raise ValueError(f"source weights must be positive, not {[source.weight for source in sources]}")
-        if np.abs(tenths - tenths.round()).max() > 1e-6:                    # not tenths of a percent: take a thousand cards
+        if not np.all((tenths > 0) & (tenths < 1e9)):
+            raise ValueError(f"source weights must be positive, not {[source.weight for source in sources]}; mend the mix")
+        if np.abs(tenths - tenths.round()).max() > 1e-6 or tenths.sum() > 1e5:      # not tenths of a percent: take a thousand cards
             tenths = np.maximum(1, 1000 * tenths / tenths.sum())
         cards = tenths.round().astype(np.int64)
         self.cards = (cards // np.gcd.reduce(cards)).astype(np.uint64)
@@ -280,6 +280,9 @@ class Mix:
         """Read samples: (inputs, targets), int64 tensors (B, T); targets are inputs shifted by one."""
         source, _, window = self.locate(indices)
         tokens = np.stack([self.sources[s].window(int(w), self.T) for s, w in zip(source, window)]).astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            raise ValueError(f"source {self.sources[source[tokens.max(axis=1).argmax()]].name} holds token {tokens.max()}, beyond the "
+                             f"vocabulary of {self.vocab_size}: its shards are damaged; run data/prepare.py tokenize again")
         tokens = torch.from_numpy(tokens)                                   # (B, T + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -298,10 +301,10 @@ class Data:
         self.path, self.tokenizer, self._read_sources = path, tokenizer, read_sources
 
     def train(self, sequence_len, seed):
-        return Mix(self._read_sources("train"), sequence_len, seed)
+        return Mix(self._read_sources("train"), sequence_len, seed, self.tokenizer.vocab_size)
 
     def val(self, sequence_len):
-        return Mix(self._read_sources("val"), sequence_len, VAL_SEED)
+        return Mix(self._read_sources("val"), sequence_len, VAL_SEED, self.tokenizer.vocab_size)
 
 
 def open_data(path="", vocab_size=None):

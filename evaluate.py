@@ -110,6 +110,8 @@ def evaluate_checkpoint(path, config, progress):
     n_windows = validation_windows(mix, split_tokens)
     with attention_backends(device):
         sums = score(model, mix, n_windows, data.tokenizer, config.device_batch_size, progress)
+    if not math.isfinite(sums["nats_prefix"][-1]):
+        raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
     metrics = {"format": 1, "settings": {"split_tokens": n_windows * mix.T, "seed": VAL_SEED, "weights_sha256": weights_sha256,
                                          "slice_sha256": slice_text(mix, n_windows, data.tokenizer)[1]},
                "step": record["step"], **summarize(sums), "train_log_bpb": train_log_bpb(path.parent, record["step"])}
@@ -117,13 +119,22 @@ def evaluate_checkpoint(path, config, progress):
     return metrics
 
 
+def read_log(path):
+    """The entries of a run's log.jsonl, dicts with `kind` and `step`; lines that are not (one half-written by a killed run) are left out."""
+    entries = []
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry:
+            entries.append(entry)
+    return entries
+
+
 def train_log_bpb(run, step):
     """Full bpb that the run's own log has at `step`, with its token count; None where it has none."""
-    try:
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    except FileNotFoundError:
-        return None
-    found = [line for line in lines if line.get("kind") == "val" and line["step"] == step]
+    found = [entry for entry in read_log(run / "log.jsonl") if entry["kind"] == "val" and entry["step"] == step]
     return {"full": found[-1]["bpb"]["full"], "tokens": found[-1]["tokens"]} if found else None
 
 
@@ -194,8 +205,8 @@ def main(argv=None):
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
         if config.json:
             print(json.dumps(rows[-1]), flush=True)
-    if not config.json:
-        print(tables(rows))
+    for K in sorted({len(row["bpb"]["single"]) for row in rows}) if not config.json else ():
+        print(tables([row for row in rows if len(row["bpb"]["single"]) == K]))
 
 
 if __name__ == "__main__":

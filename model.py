@@ -62,8 +62,8 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "stage_layers", tuple(self.stage_layers))
         for name in ("sequence_len", "vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= 10 ** 7:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 1 to 10,000,000")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         if min(self.stage_layers, default=0) < 1 or sum(self.stage_layers) != self.n_layer:
@@ -185,11 +185,11 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss=cross_
 
 def choose_device(device=None, dtype=None):
     """(torch.device, torch.dtype) from their names; None takes cuda where there is one, and bfloat16 there or float32 elsewhere."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device or "cpu"):
+        raise ValueError(f"--device {device} is not one of cpu, cuda, cuda:0, cuda:1, ...")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} is not there: this machine shows {torch.cuda.device_count()} CUDA devices")
     return chosen, getattr(torch, dtype or ("bfloat16" if chosen.type == "cuda" else "float32"))
 
 
@@ -340,14 +340,18 @@ class PoE(nn.Module):
         with torch.device("meta"):
             model = cls(ModelConfig(**record["model"]), compute_dtype)
         model.cos, model.sin = rotary_tables(model.config.sequence_len, model.config.head_dim)
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        found = {name: tuple(getattr(p, "shape", ())) for name, p in weights.items()}
+        model.check_weights(weights)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def check_weights(self, weights):
+        """Raise ValueError, naming one parameter, unless `weights` is a dict of exactly this model's names and shapes."""
+        expected = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        found = {str(name): tuple(getattr(p, "shape", ())) for name, p in weights.items()} if isinstance(weights, dict) else {}
         if expected != found:
             name = min(set(expected.items()) ^ set(found.items()))[0]
             raise ValueError(f"weights and config disagree on {name}: the config says {expected.get(name, 'absent')}, "
                              f"model.pt has {found.get(name, 'absent')}")
-        model.load_state_dict(weights, assign=True)
-        return model
 
     @torch.no_grad()
     def init_weights(self, seed):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dataloader import Tokenizer
+from dataloader import Tokenizer, clean_text
 from flags import flag, parse_flags, run
 from model import KVCache, attention_backends, choose_device, combine, load_checkpoint, resolve_checkpoint
 
@@ -58,7 +58,7 @@ def choose(log_probs, temperature, top_k, top_p, seed, rows, positions):
     """
     if temperature == 0:
         return log_probs.argmax(dim=-1)
-    scores = log_probs / temperature
+    scores = (log_probs - log_probs.max(dim=-1, keepdim=True).values) / temperature     # the best at 0: no temperature is too small
     if 0 < top_k < scores.size(-1):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1.0:
@@ -74,6 +74,9 @@ def choose(log_probs, temperature, top_k, top_p, seed, rows, positions):
 def stages_of_mode(config, mode, stage=None, prefix=None):
     """Which heads a mode combines: a range of stages. The trunk runs up to the last. Raises ValueError on a stage or prefix that is not there."""
     K = config.n_stage
+    for name, given, its_mode in (("--stage", stage, "single"), ("--prefix", prefix, "prefix")):
+        if given is not None and mode != its_mode:
+            raise ValueError(f"{name} {given} goes with --mode {its_mode}, not with --mode {mode}")
     if mode == "single":
         if stage is None or not 0 <= stage < K:
             raise ValueError(f"--mode single needs --stage from 0 to {K - 1}, not {stage}: this checkpoint has {K} stage{'s'[:K > 1]}")
@@ -166,7 +169,7 @@ class SampleConfig:
     def __post_init__(self):
         for name, ok, must in (("temperature", 0 <= self.temperature < float("inf"), "be 0 or more"),
                                ("top_k", self.top_k >= 0, "be 0 or more"), ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
-                               ("num_samples", self.num_samples >= 1, "be at least 1"),
+                               ("num_samples", 1 <= self.num_samples <= 10 ** 6, "be from 1 to 1,000,000"),
                                ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"), ("seed", self.seed >= 0, "be 0 or more")):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
@@ -182,17 +185,17 @@ def main(argv=None):
     if tokenizer.sha256 != record["tokenizer"]["sha256"]:
         raise ValueError(f"the tokenizer in {path} is not the one that its config.json names; use another step")
     heads = stages_of_mode(model.config, config.mode, config.stage, config.prefix)
-    streaming = not config.json and config.num_samples == 1
+    prompt, streaming = clean_text(config.prompt), not config.json and config.num_samples == 1     # argv may not be UTF-8
     if streaming:
-        print(config.prompt, end="", flush=True)
+        print(prompt, end="", flush=True)
     with attention_backends(device):
-        samples = complete(model, tokenizer, config.prompt, config.max_new_tokens, heads, config.num_samples,
+        samples = complete(model, tokenizer, prompt, config.max_new_tokens, heads, config.num_samples,
                            on_text=(lambda text: print(text, end="", flush=True)) if streaming else None,
                            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     if streaming:
         print()
     for number, sample in enumerate(() if streaming else samples):
-        print(json.dumps(sample) if config.json else f"--- sample {number} ---\n{config.prompt}{sample['completion']}")
+        print(json.dumps(sample) if config.json else f"--- sample {number} ---\n{prompt}{sample['completion']}")
 
 
 if __name__ == "__main__":

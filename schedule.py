@@ -38,14 +38,14 @@ class Phase:
     final_lrm: float = flag(0.05, "learning-rate multiplier at the end of the phase")
 
     def __post_init__(self):
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}; a phase needs at least 1 step (--num-steps)")
+        if not 1 <= self.num_steps <= 10 ** 12:
+            raise ValueError(f"num_steps is {self.num_steps}; a phase has from 1 to 10^12 steps (--num-steps)")
         if self.anchor < 0 or self.warmup_steps < 0:
             raise ValueError(f"anchor {self.anchor} and warmup_steps {self.warmup_steps} must not be negative")
         if not 0 <= self.warmdown_ratio <= 1:
             raise ValueError(f"warmdown_ratio is {self.warmdown_ratio}; it must be from 0 to 1 (--warmdown-ratio)")
-        if self.peak_lrm < 0 or self.final_lrm < 0 or not math.isfinite(self.peak_lrm + self.final_lrm):
-            raise ValueError(f"peak_lrm {self.peak_lrm} and final_lrm {self.final_lrm} must be finite and not negative")
+        if not (0 <= self.peak_lrm <= 1000 and 0 <= self.final_lrm <= 1000):
+            raise ValueError(f"peak_lrm {self.peak_lrm} and final_lrm {self.final_lrm} must be from 0 to 1000")
         if self.warmup_steps + self.warmdown_steps > self.num_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} and a warmdown of {self.warmdown_steps} steps (warmdown_ratio "
                              f"{self.warmdown_ratio}) do not fit in num_steps {self.num_steps}; lower --warmup-steps or --warmdown-ratio")

@@ -32,7 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import torch
 
 from dataloader import Loader, open_data, validation_windows
-from evaluate import score, slice_text, summarize, write_json
+from evaluate import read_log, score, slice_text, summarize, write_json
 from flags import flag, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters,
                    flops_per_token, load_tensors, parameter_group, read_record, sha256_of, verify_checkpoint)
@@ -123,8 +123,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         for name in ("seed", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be finite and not negative")
+            if not 0 <= getattr(self, name) < (2 ** 63 if name == "seed" else 1000):
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative, and below {'2^63' if name == 'seed' else 1000}")
         if self.total_batch_tokens % self.sequence_len:
             raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} is not a multiple of --sequence-len {self.sequence_len}")
         if self.batch % self.device_batch_size:
@@ -138,7 +138,7 @@ class TrainConfig:
     def model_config(self):
         try:
             stages = tuple(int(n) for n in self.stage_layers.split(","))
-        except ValueError:
+        except (ValueError, AttributeError):
             raise ValueError(f"--stage-layers {self.stage_layers!r} is not a list of layer counts such as 16,6,5,5") from None
         return ModelConfig(stage_layers=stages, **{f.name: getattr(self, f.name) for f in fields(ModelConfig) if f.name != "stage_layers"})
 
@@ -154,6 +154,8 @@ def resolve_config(given):
     """Lay the given flags over the preset, or over the config that a run recorded. Raises ValueError or FileNotFoundError."""
     if given.get("resume"):
         out = Path(given["resume"])
+        if (out / "manifest.json").exists():
+            raise ValueError(f"--resume {out} is a checkpoint; give the run that it is in: --resume {out.resolve().parent}")
         try:
             recorded = json.loads((out / "config.json").read_text())["train"]
         except FileNotFoundError:
@@ -289,13 +291,15 @@ def sync(path):
 
 
 def newest_whole_checkpoint(out):
-    """The newest checkpoint of a run whose files all match their manifest, or None; says which it skips and why."""
+    """The newest checkpoint of a run whose files all match their manifest, or None before its first save; says which it skips and why."""
     for path in reversed(checkpoint_steps(out)):
         try:
             verify_checkpoint(path)
             return path
         except (OSError, ValueError) as e:
             print(f"skipping {path}: {e}")
+    if checkpoint_steps(out):
+        raise ValueError(f"no checkpoint in {out} is whole: restore one from a copy, or start another --out")
     return None
 
 
@@ -303,7 +307,9 @@ def restore(path, model, optimizer, tokenizer):
     """Load weights and optimizer state of a checkpoint into `model` and `optimizer`; return its state.json."""
     if read_record(path)["tokenizer"]["sha256"] != tokenizer.sha256:
         raise ValueError(f"{path} was trained with another tokenizer than the data's; use --data with its own")
-    model.load_state_dict(load_tensors(path / "model.pt"))
+    weights = load_tensors(path / "model.pt")
+    model.check_weights(weights)
+    model.load_state_dict(weights)
     optimizer_state = {}
     for file in sorted((path / "optim").glob("rank-*.pt")):
         optimizer_state.update(load_tensors(file))
@@ -313,16 +319,8 @@ def restore(path, model, optimizer, tokenizer):
 
 def open_log(path, step):
     """Open log.jsonl for appending, without the lines at or beyond `step`, which a resumed run writes again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break                                   # the last line of a killed run
-        if entry["step"] < step or (entry["step"] == step and entry["kind"] != "step"):
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+    kept = [entry for entry in read_log(path) if entry["step"] < step or (entry["step"] == step and entry["kind"] != "step")]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     return open(path, "a", buffering=1)
 
 
@@ -379,6 +377,8 @@ def main(argv=None):
         if checkpoint:
             state = restore(checkpoint, model, optimizer, tokenizer)
             step = saved = state["step"]
+            if step > phases[-1].end:
+                raise ValueError(f"{checkpoint} is past the run's end, step {phases[-1].end}; raise --num-steps")
         print(f"resuming {checkpoint or 'from step 0: no whole checkpoint yet'}")
     first_step = step
     out.mkdir(parents=True, exist_ok=True)

@@ -220,8 +220,14 @@ def test_targets_are_inputs_shifted_by_one():
 def test_a_source_shorter_than_a_window_and_a_bad_weight_are_named():
     with pytest.raises(ValueError, match="source tiny has 5 tokens"):
         Mix([source("tiny", 1, (5,))], 5, 0)
-    with pytest.raises(ValueError, match="weights must be positive"):
-        Mix([source("a", 0)], 5, 0)
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weights must be positive"):
+            Mix([source("a", weight)], 5, 0)
+
+
+def test_a_token_beyond_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="source a holds token 9.*vocabulary of 300"):
+        Mix([source("a", 1)], 5, 0, vocab_size=300).batch(np.arange(180))
 
 
 def test_weights_that_are_not_tenths_are_dealt_in_a_thousand_cards():

@@ -14,7 +14,7 @@ import torch
 import evaluate
 from dataloader import Mix, Source, Tokenizer, open_data
 from evaluate import score, slice_text, summarize
-from model import load_checkpoint
+from model import load_checkpoint, sha256_of
 from test_model import make
 
 
@@ -135,6 +135,26 @@ def test_bad_input_gets_one_line(argv, words, trained, refused, monkeypatch):
         monkeypatch.setattr(evaluate, "open_data", lambda path, vocab: open_data(path, vocab + 1))
     line = refused(evaluate.main, trained / "step-00006", *argv)
     assert all(word in line for word in words), line
+
+
+def test_a_log_cut_mid_line_is_read_up_to_the_cut(trained, tmp_path):
+    text = (trained / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text('[1]\n{"kind": "val"}\n' + text + '{"kind": "va')
+    assert evaluate.train_log_bpb(tmp_path, 6) == evaluate.train_log_bpb(trained, 6) 
+    assert evaluate.train_log_bpb(tmp_path, 5) is None and evaluate.train_log_bpb(tmp_path / "nowhere", 6) is None
+
+
+def test_weights_that_are_not_numbers_are_named(trained, tmp_path, refused):
+    step = tmp_path / "step-00006"
+    shutil.copytree(trained / "step-00006", step)
+    weights = torch.load(step / "model.pt", weights_only=True)
+    weights["wte.weight"].fill_(float("nan"))
+    torch.save(weights, step / "model.pt")
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"]["model.pt"] = sha256_of(step / "model.pt")
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    assert "not finite" in refused(evaluate.main, step, "--split-tokens", "64")
+    assert not (step / "metrics.json").exists()
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path, refused):

@@ -96,6 +96,7 @@ def test_filters_keep_the_tokens_worked_out_by_hand():
     assert sampled_set(top_p=0.5) == {0, 1}                     # 0.4 is not enough, 0.7 is
     assert sampled_set(top_p=0.35) == {0}
     assert sampled_set(top_k=3, top_p=0.8) == {0, 1, 2}         # of 4/9, 3/9, 2/9: 7/9 is not yet 0.8
+    assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 1e-45, 0, 1.0, 0, ROWS, ROWS).tolist() == [1]      # as cold as float32 goes
     assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 0.0, 0, 1.0, 0, ROWS, ROWS).tolist() == [1]
 
 
@@ -131,7 +132,7 @@ def test_the_script_streams_the_prompt_and_its_completion(trained, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["--mode", "single"], ["--stage", "0 to 2"]), (["--mode", "single", "--stage", "3"], ["3", "0 to 2"]), (["--mode", "prefix", "--prefix", "0"], ["1 to 3"]),
-    (["--mode", "prefix", "--prefix", "4"], ["4", "1 to 3"]), (["--temperature", "-1"], ["temperature -1"]), (["--temperature", "nan"], ["temperature nan"]),
+    (["--mode", "prefix", "--prefix", "4"], ["4", "1 to 3"]), (["--stage", "1"], ["--stage 1", "--mode single"]), (["--temperature", "-1"], ["temperature -1"]), (["--temperature", "nan"], ["temperature nan"]),
     (["--top-p", "0"], ["top-p 0"]), (["--top-k", "-2"], ["top-k -2"]), (["--num-samples", "0"], ["num-samples 0"]), (["--max-new-tokens", "0"], ["max-new-tokens 0"]),
     (["--prompt", "a b c d e f g h i j k l m n o p q r"], ["context of 16", "too long"]), (["--mode", "turbo"], ["turbo", "full"]), (["--device", "abacus"], ["abacus"])])
 def test_bad_input_gets_one_line(argv, words, trained, refused):

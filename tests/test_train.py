@@ -281,6 +281,17 @@ def test_a_foreign_file_in_a_checkpoint_is_named_and_never_executed(name, conten
     assert not (tmp_path / "executed").exists()
 
 
+def test_resume_refuses_a_step_directory_an_end_before_its_step_and_a_run_of_damaged_checkpoints(trained, tmp_path, refused):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    assert f"--resume {run}" in refused(train.main, "--resume", run / "step-00003")
+    assert "past the run's end, step 4" in refused(train.main, "--resume", run, "--num-steps", "4", "--warmup-steps", "1")
+    for step in ("step-00003", "step-00006"):
+        (run / step / "manifest.json").unlink()
+    assert "no checkpoint" in refused(train.main, "--resume", run)
+    assert (run / "step-00006" / "model.pt").exists()
+
+
 def test_a_config_that_is_not_a_run_s_is_named(tmp_path, refused):
     for content in ("[1]", '{"train": {"nonsense": 1}}', '{"train": null}', "{"):
         (tmp_path / "config.json").write_text(content)
