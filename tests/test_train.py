@@ -84,6 +84,19 @@ def test_the_control_arms_train_through_the_same_loop(objective, data, tmp_path)
     assert any("lm_head_stages" in name for name in weights(tmp_path / "run" / "step-00006")) == (objective == "joint")
 
 
+def test_every_step_uses_the_schedules_rate_momentum_and_weight_decay(data, tmp_path, monkeypatch):
+    seen, step = [], MuonAdamW.step
+    monkeypatch.setattr(MuonAdamW, "step", lambda self: (seen.append([dict(group, params=None) for group in self.groups]), step(self)))
+    train.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"), "--weight-decay", "0.1", "--save-every", "-1"])
+    muon, heads = [groups[0] for groups in seen], [groups[1] for groups in seen]
+    lrm = [0.5, 1.0, 1.0, 0.7625, 0.525, 0.2875]                  # two of warmup, then 4 of warmdown from 1 to 0.05
+    assert [g["lr"] for g in muon] == pytest.approx([0.03 * x for x in lrm])
+    assert [g["lr"] for g in heads] == pytest.approx([0.008 * x for x in lrm])
+    half_cosine = [1.0, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]     # (1 + cos(pi rel / 6)) / 2
+    assert [g["weight_decay"] for g in muon] == pytest.approx([0.1 * x for x in half_cosine])
+    assert [g["momentum"] for g in muon] == pytest.approx([0.85 + 0.12 * s / 400 for s in range(6)])
+
+
 def test_optimizer_groups_cover_every_preset_and_keep_embeddings_from_muon():
     config = train.TrainConfig(**{**train.asdict(train.RECIPES["tiny"]), "sequence_len": 256})
     for preset in PRESETS.values():
