@@ -69,7 +69,7 @@ class Tokenizer:
             lines = (folder / "tokenizer.txt").read_bytes().splitlines()
             ranks = [base64.b64decode(line.split()[0], validate=True) for line in lines]
             ordered = [int(line.split()[1]) for line in lines] == list(range(len(lines)))
-            pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"]
+            pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"] + ""       # a TypeError unless it is text
         except (ValueError, IndexError, KeyError, TypeError) as e:
             raise ValueError(f"the tokenizer in {folder} is not readable: {e}") from None
         if not ordered or len(ranks) >= 2 ** 16 or len(set(ranks)) != len(ranks) or {bytes([b]) for b in range(256)} - set(ranks[:256]):
@@ -322,7 +322,7 @@ def open_data(path="", vocab_size=None):
                                 f"or leave --data out for the embedded sample")
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        sources = [(s["name"], float(s["weight"]), {split: [f["file"] for f in s[split]] for split in ("train", "val")})
+        sources = [(s["name"], float(s["weight"]), {split: [f["file"] + "" for f in s[split]] for split in ("train", "val")})
                    for s in manifest["sources"]]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{folder / 'manifest.json'} is not readable ({e!r}); run data/prepare.py tokenize again") from None

@@ -43,9 +43,11 @@ def run(main):
     ValueError and OSError are what wrong flags, files and checkpoints raise here; anything else is our bug and keeps its traceback.
     """
     name = os.path.basename(sys.argv[0])
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that is not UTF-8 shall not end a run
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader left: nothing more to say
         sys.exit(0)

@@ -581,7 +581,9 @@ def verify_checkpoint(path, skip_optimizer=False):
         files = json.loads((path / "manifest.json").read_text())["files"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} has no manifest.json: it is not a whole checkpoint; use another step") from None
-    except (ValueError, KeyError, TypeError) as e:
+        if not {"config.json", "model.pt"} <= files.keys() or any(".." in name or name.startswith("/") for name in files):
+            raise ValueError("it must name config.json, model.pt and files beside them")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}/manifest.json is not readable ({e}); use another step") from None
     for name, sha256 in files.items():
         if skip_optimizer and name.startswith("optim/"):

@@ -13,6 +13,7 @@ optim/rank-00000.pt, state.json, the tokenizer, and manifest.json with the sha25
 Training time excludes validation and saving. Ctrl-C or SIGTERM saves at the next step boundary and exits; a second one stops at once.
 Order of precedence: defaults < preset < checkpoint (--resume) < flags.
 """
+import fcntl
 import gzip
 import json
 import lzma
@@ -114,9 +115,9 @@ class TrainConfig:
     warmdown_ratio: float = flag(None, "share of the phase in linear warmdown, 0 to 1 (default: preset)")
     final_lrm: float = flag(None, "learning-rate multiplier at the end of the phase (default: preset)")
     # evaluation and output
-    eval_every: int = flag(None, "steps between validations beside those at saves (-1 = off; default: preset)")
+    eval_every: int = flag(None, "steps between validations beside those at saves (-1 or 0 = off; default: preset)")
     eval_tokens: int = flag(None, "tokens of a validation (default: preset)")
-    save_every: int = flag(None, "steps between checkpoints, beside the last (-1 = off; default: preset)")
+    save_every: int = flag(None, "steps between checkpoints, beside the last (-1 or 0 = off; default: preset)")
 
     def __post_init__(self):
         for name in ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"):
@@ -171,6 +172,8 @@ def resolve_config(given):
             return TrainConfig(**{**recorded, **given, "out": str(out)})
         except TypeError as e:
             raise ValueError(f"{out / 'config.json'} is not of this version ({e}); start another --out") from None
+    if given.get("out") == "":
+        raise ValueError("--out is empty; name a folder for the run")
     preset = given.get("preset", "tiny")
     shape = asdict(PRESETS[preset])
     shape["stage_layers"] = ",".join(map(str, shape["stage_layers"]))
@@ -262,10 +265,24 @@ def phase_row(phase, config):
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints: writing and resuming (reading weights alone is in model.py)
 
-def save_checkpoint(out, step, model, optimizer, record, state, tokenizer):
-    """Write RUN/step-XXXXX whole or not at all: into a temporary folder, every file synced to disk, then renamed. Returns its path."""
+def save_checkpoint(out, step, *what):
+    """Save into a temporary folder, then rename: RUN/step-XXXXX appears whole or not at all. Returns its path; raises OSError on a full disk."""
     final, temporary = out / f"step-{step:05d}", out / f".tmp-step-{step:05d}"
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_checkpoint(temporary, step, *what)
+    except (OSError, RuntimeError) as e:            # torch.save says RuntimeError when the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} could not be written ({str(e).splitlines()[0]}); the checkpoints before it are whole: free disk space, "
+                      f"then --resume {out}") from None
+    shutil.rmtree(final, ignore_errors=True)        # there only where a resume found it damaged and trained that step again
+    os.rename(temporary, final)
+    sync(out)
+    return final
+
+
+def write_checkpoint(temporary, step, model, optimizer, record, state, tokenizer):
+    """Write a checkpoint's files into the folder `temporary` and sync each to disk."""
     (temporary / "optim").mkdir(parents=True)
     torch.save(model.state_dict(), temporary / "model.pt")
     torch.save(optimizer.state_dict(), temporary / "optim" / f"rank-{optimizer.rank:05d}.pt")
@@ -277,10 +294,16 @@ def save_checkpoint(out, step, model, optimizer, record, state, tokenizer):
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in [*(temporary / name for name in files), temporary / "manifest.json", temporary / "optim", temporary]:
         sync(path)
-    shutil.rmtree(final, ignore_errors=True)        # there only where a resume found it damaged and trained that step again
-    os.rename(temporary, final)
-    sync(out)
-    return final
+
+
+def lock(out):
+    """Hold RUN/.lock until this process ends, however it ends. Raises ValueError where another process holds it."""
+    file = open(out / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is training into {out}; wait for it, or choose another --out") from None
+    return file
 
 
 def sync(path):
@@ -314,7 +337,10 @@ def restore(path, model, optimizer, tokenizer):
     for file in sorted((path / "optim").glob("rank-*.pt")):
         optimizer_state.update(load_tensors(file))
     optimizer.load_state_dict(optimizer_state)
-    return json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text())
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), (int, float)) and state[key] >= 0 for key in ("step", "sample", "train_time")):
+        raise ValueError(f"{path / 'state.json'} is not a run's state; use another step")
+    return state
 
 
 def open_log(path, step):
@@ -371,6 +397,7 @@ def main(argv=None):
     optimizer = MuonAdamW(groups)
     step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk
     if config.resume:
+        locked = lock(out)
         for leftover in out.glob(".tmp-step-*"):
             shutil.rmtree(leftover)
         checkpoint = newest_whole_checkpoint(out)
@@ -379,9 +406,11 @@ def main(argv=None):
             step = saved = state["step"]
             if step > phases[-1].end:
                 raise ValueError(f"{checkpoint} is past the run's end, step {phases[-1].end}; raise --num-steps")
-        print(f"resuming {checkpoint or 'from step 0: no whole checkpoint yet'}")
+        print(f"resuming {checkpoint or 'from step 0: no checkpoint yet'}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)
     first_step = step
-    out.mkdir(parents=True, exist_ok=True)
     record = {"format": 1, "model": asdict(model_config), "train": asdict(config) | {"resume": ""},
               "tokenizer": {"vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "sha256": tokenizer.sha256},
               "phases": [phase_row(phase, config) for phase in phases]}
@@ -407,6 +436,8 @@ def main(argv=None):
         """Score the validation windows, log and print; return (sums, metrics)."""
         metrics = summarize(score(model, val_mix, n_val_windows, tokenizer, config.device_batch_size))
         bpb = metrics["bpb"]
+        if not math.isfinite(bpb["full"]):
+            raise ValueError(f"the validation loss is not finite at step {step}: nothing was saved; lower the rates and --resume {out}")
         log(kind="val", step=step, train_time=state["train_time"], **metrics)
         loss = bpb["full"] * math.log(2) * metrics["bytes"] / metrics["tokens"]
         print(f"step:{step:05d}/{phases[-1].end:05d} val_loss:{loss:.4f} val_bpb:{bpb['full']:.4f} "
@@ -468,6 +499,7 @@ def main(argv=None):
             step += 1
     loader.close()
     log_file.close()
+    locked.close()
     if stop and not last:
         print(f"stopped at step {step}; go on with --resume {out}")
         return

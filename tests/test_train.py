@@ -309,3 +309,21 @@ def test_a_config_that_is_not_a_run_s_is_named(tmp_path, refused):
     for content in ("[1]", '{"train": {"nonsense": 1}}', '{"train": null}', "{"):
         (tmp_path / "config.json").write_text(content)
         assert "config.json" in refused(train.main, "--resume", tmp_path)
+
+
+def test_a_second_process_in_one_run_folder_is_refused(trained, tmp_path, refused):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with train.lock(run):
+        assert "another process" in refused(train.main, "--resume", run)
+    train.main(["--resume", str(run)])
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it_whole(data, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    command = f"ulimit -f 100; exec {sys.executable} {ROOT / 'train.py'} --resume {run} --num-steps 8 --warmup-steps 2"      # 100 KiB a file
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "step-00008 could not be written" in done.stderr and "--resume" in done.stderr
+    assert train.newest_whole_checkpoint(run).name == "step-00006" and not list(run.glob(".tmp*"))
