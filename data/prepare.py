@@ -1,0 +1,668 @@
+"""
+Download a mix of text corpora, train a tokenizer on it, and write the token shards that dataloader.py reads.
+
+    mix file --download--> RAW/<source>/... --tokenize--> DATA/<source>-<split>-00000.bin, tokenizer.txt, manifest.json
+
+    python data/prepare.py download --raw RAW --max-bytes 1000000000     # 1 GB a source of data/frontier_v1.json
+    python data/prepare.py tokenize --raw RAW --out DATA                 # then: python train.py --data DATA
+    python data/prepare.py inspect --data DATA --verify
+    python data/prepare.py tokenizer --raw RAW --out TOK                 # only for a tokenizer of your own
+
+A mix file names sources with their weights; data/frontier_v1.json is one, and a mix of your own files is just another:
+{"name": "mine", "sources": [{"name": "web", "weight": 3}, {"name": "code", "weight": 1, "text": "content"}]}. The files of
+source web are those in RAW/web/, those called RAW/web.*, or what --source web=PATH names: .parquet; JSON lines (.jsonl, .ndjson,
+.json); .txt, one document a file; all with .gz, .xz or .zst too. The text of a record is its field "text", or the one that the mix
+file names; "chat" names a list of messages instead, see `render_chat`.
+
+One process reads and the workers encode. A record is held whole: one of 200 MB takes 0.85 GB of resident memory as a JSON line
+(1.9 GB where characters beyond U+FFFF occur) and 1.6 GB in parquet; longer lines than 256 MB are skipped. Plain text of any size
+takes 0.4 GB, a worker 0.25 GB.
+
+Environment: HF_ENDPOINT (the hub, default https://huggingface.co), HF_TOKEN (for gated sources; sent to that host alone).
+Extras: pyarrow for parquet, backports.zstd for .zst before Python 3.14, rustbpe for the command tokenizer.
+Not here: deduplication, filtering, shuffling of documents (the mixture in dataloader.py shuffles windows).
+"""
+import contextlib
+import fcntl
+import fnmatch
+import functools
+import gzip
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import lzma
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import numpy as np
+import requests
+try:
+    from compression import zstd                                            # Python 3.14
+except ImportError:
+    try:
+        from backports import zstd                                          # an extra before
+    except ImportError:
+        zstd = None
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))             # the modules of the repository's root, one folder up
+from dataloader import HERE, PIECE, Tokenizer, clean_text, cut_text, is_validation, open_data, open_shard, write_shard
+from flags import flag, parse_flags, run
+
+BLOCK = 1 << 20                     # bytes, or characters, read or given to a worker at a time
+LONG = 1 << 22                      # characters above which a document is encoded in pieces, and always trains
+MAX_LINE = 1 << 28                  # bytes of a JSON line that is parsed
+SHARD_TOKENS = 1 << 25              # 2 bytes each
+SAMPLE_BYTES = 140_000_000          # of text that a tokenizer is trained on
+RETRIES = 8                         # failures in a row without a byte gained before a file is given up
+BACKOFF, TIMEOUT = 1.0, 30.0        # seconds before the first retry, doubling up to a minute; seconds of silence that end a connection
+SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                 r"|\s*[\r\n]|\s+(?!\S)|\s+")                               # GPT-4's, with digits in groups of at most two
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Flags and messages
+
+@dataclass(frozen=True)
+class Config:
+    mix: str = flag("", "mix file: sources and their weights; empty: frontier_v1.json beside this script")
+    raw: str = flag("raw", "folder of the downloaded files")
+    only: str = flag("", "names of the sources to take, comma-separated; empty: all")
+    source: str = flag("", "local files for a source, name=path (a file or a folder); several are comma-separated")
+    # download
+    max_bytes: int = flag(-1, "bytes a source, as downloaded: whole files are taken until there are so many; -1: all")
+    # tokenizer and tokenize
+    out: str = flag("", "folder to write")
+    val_fraction: float = flag(0.005, "share of the documents held out for validation, by a hash of their text; 0.03 suits a few hundred MB")
+    vocab_size: int = flag(-1, "ids, <|bos|> included; -1: 32768 for a new tokenizer, all of an old one (otherwise its first so many)")
+    tokenizer: str = flag("", "folder of the tokenizer to use; empty: the one beside this script")
+    workers: int = flag(-1, "worker processes; -1: one a core; 0: none, encode in this process")
+    # inspect
+    data: str = flag("", "folder of token shards")
+    verify: bool = flag(False, "compare the sha256 of every shard with the manifest")
+
+
+def warn(message):
+    print(f"{Path(sys.argv[0]).name}: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Print a line with rate and ETA on standard error every ten seconds. total, begun (what was there before): bytes."""
+
+    def __init__(self, label, total, begun=0):
+        self.label, self.total, self.begun, self.start, self.last = label, total, begun, time.monotonic(), time.monotonic()
+
+    def show(self, f, before=0):
+        """f: the file that is being read or written; before: bytes of the files before it."""
+        now = time.monotonic()
+        if now - self.last > 10 and not f.closed and (done := before + f.tell()) > self.begun:
+            self.last, rate = now, (done - self.begun) / 1e6 / (now - self.start)
+            print(f"{self.label} {done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB {rate:.1f} MB/s eta:{(self.total - done) / 6e7 / rate:.1f}m",
+                  file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mixes, files and folders
+
+def read_mix(config):
+    """Read the mix file, --only and --source: (name of the mix, its chosen sources (dicts), {name: path} of local files)."""
+    path = Path(config.mix or HERE / "frontier_v1.json")
+    try:
+        mix = json.loads(path.read_text(encoding="utf-8"))
+        name, names = mix["name"], [source["name"] for source in mix["sources"]]
+        wrong = [s["name"] for s in mix["sources"] if not re.fullmatch(r"\w[\w-]*", s["name"], re.ASCII) or not s["weight"] > 0]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is not a mix file ({e!r}); data/frontier_v1.json shows the form") from None
+    if wrong or not names or len(set(names)) < len(names):
+        raise ValueError(f"{path}: sources need names of letters, digits, _ and - that differ, and positive weights; look at {wrong or names}")
+    chosen = config.only.split(",") if config.only else names
+    local = dict(item.partition("=")[::2] for item in config.source.split(",") if item)
+    if unknown := {*chosen} - {*names} or {*local} - {*chosen}:
+        raise ValueError(f"--only or --source names {', '.join(sorted(unknown))}; {path} has {', '.join(names)}, and --source must be among --only")
+    for source, place in local.items():
+        if not place or not Path(place).exists():
+            raise ValueError(f"--source {source}={place}: no such file or folder; write --source name=path")
+    return name, [source for source in mix["sources"] if source["name"] in chosen], local
+
+
+def format_of(path):
+    """The format and the compression of a file by its name, or None when it is not one that is read here."""
+    match = re.fullmatch(r"[^.].*\.(parquet|jsonl|ndjson|json|txt)(?:\.(gz|xz|zst))?", path.name, re.IGNORECASE)
+    return match and tuple((suffix or "").lower() for suffix in match.groups())
+
+
+def find_files(config):
+    """Say what to read: (name of the mix, [(source, its files, sorted)]), checked so that nothing turns out missing hours later."""
+    if not config.out:
+        raise ValueError("--out must name a folder")
+    if not 0 <= config.val_fraction < 1:
+        raise ValueError(f"--val-fraction must be from 0 to below 1, not {config.val_fraction}")
+    mix, sources, local = read_mix(config)
+    plan, raw = [], Path(config.raw)
+    for source in sources:
+        name = source["name"]
+        places = [Path(local[name])] if name in local else [raw / name, *raw.glob(f"{name}.*")]
+        files = sorted(file for place in places for file in [place, *place.rglob("*")] if format_of(file) and file.is_file())
+        if files:
+            plan.append((source, files))
+        elif name in local or source.get("status", "open") == "open":
+            raise ValueError(f"source {name} has no file that can be read in {local.get(name, raw / name)} (.parquet, .jsonl, .ndjson, .json, .txt; "
+                             f".gz, .xz, .zst); download it, give --source {name}=PATH, or leave it out with --only")
+        else:
+            warn(f"source {name} ({source['status']}, weight {source['weight']}) has no files and is left out; "
+                 f"the other weights are normalised. See: data/prepare.py download --only {name}")
+    if not plan:
+        raise ValueError(f"no source of the mix {mix} has files; see data/prepare.py download")
+    suffixes = {suffix for _, files in plan for file in files for suffix in format_of(file)}
+    for suffix, package, found in (("parquet", "pyarrow", importlib.util.find_spec("pyarrow")), ("zst", "backports.zstd", zstd)):
+        if suffix in suffixes and not found:
+            raise ValueError(f".{suffix} files need the package {package}; pip install {package}")
+    return mix, plan
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for this process alone; the system lets go when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing into {folder}; wait for it to end or name another folder") from None
+        yield
+
+
+def write_files(folder, contents):
+    """Write small files, {name: bytes}, each whole or not at all."""
+    for name, content in contents.items():
+        (folder / f"{name}.tmp").write_bytes(content)
+        (folder / f"{name}.tmp").replace(folder / name)
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Download
+
+def retry(what, attempt, gained=lambda: 0):
+    """Call `attempt` until it returns. Raises ValueError where that is hopeless: on most of HTTP 400 to 499, and after RETRIES failures
+    in a row between which `gained()`, bytes, did not grow."""
+    failures = 0
+    while True:
+        before = gained()
+        try:
+            return attempt()
+        except requests.RequestException as error:
+            message, answer = f"{what}: {type(error).__name__} at byte {gained():,}: {str(error)[-160:]}", error.response
+        status = 0 if answer is None else answer.status_code
+        if 400 <= status < 500 and status not in (408, 425, 429):
+            raise ValueError(f"{message}; look at its page: accept its terms and set HF_TOKEN to a token that may read it, or correct the mix file")
+        failures = 1 if gained() > before else failures + 1
+        if failures > RETRIES:
+            raise ValueError(f"{message}; given up after {failures} attempts, run the command again to go on from here")
+        asked = answer.headers.get("Retry-After", "") if status else ""     # seconds; a date is rare, and left to the backoff
+        wait = min(3600, int(asked)) if asked.isdigit() else min(60, BACKOFF * 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
+        warn(f"{message}; attempt {failures + 1} in {wait:.1f} s")
+        time.sleep(wait)
+
+
+class Hub:
+    """The hub's HTTP interface: lists of files, and files."""
+
+    def __init__(self):
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.token = os.environ.get("HF_TOKEN", "").strip()
+        if not re.fullmatch(r"[!-~]*", self.token):                         # requests would print it in its error
+            raise ValueError("HF_TOKEN holds characters that no token has; copy it again")
+        self.session = requests.Session()
+        self.session.auth = self._authorise
+
+    def _authorise(self, request):
+        """Add the token to a request; requests drops it when a redirect leads to another host or port."""
+        if self.token:
+            request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
+
+    def get(self, url, headers={}):
+        """GET a URL of the endpoint. Raises requests.HTTPError on any status but success."""
+        response = self.session.get(url, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"} | headers)
+        response.raise_for_status()
+        return response
+
+    def list(self, source, pattern):
+        """Yield (path, bytes, sha256 or None) of the files of a source that match a pattern, as the hub lists them now."""
+        folder = "/".join(itertools.takewhile(lambda part: not set(part) & set("*?["), pattern.split("/")[:-1]))
+        url = f"{self.endpoint}/api/datasets/{source['repository']}/tree/{quote(source['revision'], safe='')}/{quote(folder)}".rstrip("/")
+        what, query = f"{source['repository']}/{folder}", "recursive=true"
+
+        def page():
+            with self.get(f"{url}?{query}") as response:
+                return response.json(), response.links.get("next", {}).get("url", "")
+        while query:
+            entries, following = retry(what, page)
+            for entry in entries:
+                path, large = entry["path"], entry.get("lfs") or {}         # large files, kept apart, have a sha256
+                if ".." in path.split("/") or path.startswith("/"):
+                    raise ValueError(f"{what}: the hub lists the unsafe path {path!r}; do not use this repository")
+                if entry["type"] == "file" and fnmatch.fnmatchcase(path, pattern):
+                    yield path, large.get("size", entry["size"]), large.get("oid")
+            query = urlsplit(following).query                               # never to another host, whatever the link says
+
+    def fetch(self, source, path, size, sha256, target):
+        """Download one file to `target`: resumed from `target`.part, verified, then renamed."""
+        what, part = f"{source['repository']}/{path}", Path(f"{target}.part")
+        url = f"{self.endpoint}/datasets/{source['repository']}/resolve/{quote(source['revision'], safe='')}/{quote(path)}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def have():
+            return part.stat().st_size if part.exists() else 0
+        progress = Progress(f"source:{source['name']} {path}", size, begun=have())
+
+        def attempt():
+            begin = have()
+            if begin >= size > 0:
+                return
+            with self.get(url, {"Range": f"bytes={begin}-"} if begin else {}) as response, open(part, "ab") as f:
+                if response.status_code == 200:                             # a server without Range: from the start
+                    f.seek(f.truncate(0))
+                elif not response.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
+                    raise requests.ConnectionError("the server sent another range than asked for")
+                for chunk in response.iter_content(1 << 15):
+                    f.write(chunk)
+                    progress.show(f)
+            if have() < size:
+                raise requests.ConnectionError("the body ended early")
+        retry(what, attempt, gained=have)
+        digest = sha256_of(part) if sha256 else None
+        if have() != size or digest != sha256:
+            message = f"{have():,} bytes and sha256 {digest}, where the hub lists {size:,} and {sha256}"
+            part.unlink()                                                   # whatever it is, it is not a beginning of the file
+            raise ValueError(f"{what}: {message}; it was deleted, run the command again to fetch it anew")
+        part.replace(target)
+
+
+def download(config):
+    """Download the files of a mix. Gated and external sources print what to do instead, unless HF_TOKEN opens them.
+
+    Interrupted downloads go on where they stopped; a finished file is not fetched again. A source that fails does not
+    stop the others; the exit code is 2 then."""
+    (_, sources, local), hub, failed = read_mix(config), Hub(), []
+    with locked(Path(config.raw)):
+        for source in sources:
+            name, status, folder, files, taken = source["name"], source.get("status", "open"), Path(config.raw) / source["name"], 0, 0
+            if name in local or "repository" not in source:
+                print(f"source:{name} local files, nothing to download")
+                continue
+            if status == "external" or (status == "gated" and not hub.token):
+                print(f"source:{name} is {status}, not downloaded:")
+                for i, step in enumerate(source["steps"], 1):
+                    print(f"  {i}. {step}")
+                print(f"  Or put its \"stand_in\" in its place in a copy of the mix file: {source['stand_in']['repository']} is open", flush=True)
+                continue
+            try:
+                lists = [hub.list(source, pattern) for pattern in source["files"]]
+                for path, size, sha256 in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*lists))):    # of each in turn
+                    if 0 <= config.max_bytes <= taken:
+                        break
+                    if not ((folder / path).exists() and (folder / path).stat().st_size == size):
+                        hub.fetch(source, path, size, sha256, folder / path)
+                    files, taken = files + 1, taken + size
+                if not files:
+                    raise ValueError(f"{source['repository']}: no file matches {', '.join(source['files'])}; correct the mix file")
+            except ValueError as e:
+                warn(e)
+                failed.append(name)
+            print(f"source:{name} files:{files} bytes:{taken} repository:{source['repository']} folder:{folder}", flush=True)
+    if failed:
+        raise ValueError(f"incomplete: {', '.join(failed)}; what came is kept, run the command again for the rest")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Readers
+
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) + ((zstd.ZstdError,) if zstd else ())     # of a corrupt file
+
+
+def read_lines(f):
+    """Yield (number, bytes) of the lines that are not blank, each cut to MAX_LINE bytes."""
+    for number in itertools.count(1):
+        line = f.readline(MAX_LINE)
+        if not line:
+            return
+        if line.strip():
+            yield number, line
+        while len(line) == MAX_LINE and not line.endswith(b"\n"):
+            line = f.readline(MAX_LINE)
+
+
+def read_parquet(f, field):
+    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Strings come as bytes."""
+    import pyarrow.parquet                                                  # an extra
+    file = pyarrow.parquet.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False)
+    column = field if field in file.schema_arrow.names else "text"
+    if column not in file.schema_arrow.names:
+        raise ValueError(f"no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
+    number = 0
+    for batch in file.iter_batches(batch_size=16, columns=[column]):
+        values = batch.column(0)
+        is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
+        for value in values.cast(pyarrow.large_binary()) if is_text else values:    # text may not be UTF-8: that is one bad record
+            number += 1
+            yield number, {field: value.as_py()}
+
+
+def read_records(path, raw, field):
+    """Iterate over (number, record) of a file, open for reading as `raw`. A record is a JSON line in bytes, a dict, or blocks of text.
+
+    Raises one of READ_ERRORS where the file is corrupt."""
+    format, packed = format_of(path)
+    f = {"gz": gzip, "xz": lzma, "zst": zstd}[packed].open(raw) if packed else raw
+    if format == "txt":
+        text = io.TextIOWrapper(f, "utf-8-sig", newline="")
+        return [(1, iter(lambda: text.read(BLOCK), ""))]
+    return read_parquet(f, field) if format == "parquet" else read_lines(f)
+
+
+def render_chat(messages):
+    """Render a conversation as plain text: "User: ...", "Assistant: ...", "System: ...", with an empty line between.
+
+    messages: a list of {"role", "content"} or {"from", "value"}; human and gpt are User and Assistant. Raises ValueError otherwise."""
+    names = {"human": "User", "gpt": "Assistant"}
+    try:
+        turns = [(m["role"], m["content"]) if "role" in m else (m["from"], m["value"]) for m in messages]
+        return "\n\n".join(f"{names.get(role, role.capitalize())}: {text.strip()}" for role, text in turns if text.strip())
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("not a list of messages") from None
+
+
+def text_of(record, source):
+    """Yield the text of a record, in one block or as it comes. Raises ValueError where the record is bad."""
+    if isinstance(record, Iterator):
+        yield from record
+        return
+    if isinstance(record, bytes):
+        if len(record) == MAX_LINE:
+            raise ValueError(f"longer than {MAX_LINE:,} bytes; split it, or make it a .txt file")
+        record = json.loads(record.decode("utf-8-sig"))                     # json.loads alone would let lone surrogates pass
+    field = source.get("chat") or source.get("text", "text")
+    text = record.get(field, record.get("text")) if isinstance(record, dict) else None
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
+    text = render_chat(text) if "chat" in source and isinstance(text, list) else text
+    if not isinstance(text, str):
+        raise ValueError(f"no text field {field!r}")
+    yield text
+
+
+def in_pieces(blocks):
+    """Cut a document, which comes in blocks of text: yield (text, part), "whole" or, beyond LONG characters, "first" and "next" pieces."""
+    text, part = "", "whole"
+    for block in blocks:
+        text, start = text + block, 0
+        while len(text) - start > (LONG if part == "whole" else PIECE):
+            part, stop = "first" if part == "whole" else "next", cut_text(text, start)
+            yield text[start:stop], part
+            start = stop
+        text = text[start:]
+    if part == "whole" and (not text or text.isspace()):
+        raise ValueError("an empty document")
+    yield text, "whole" if part == "whole" else "next"
+
+
+def read_source(source, files, bad):
+    """Yield (text, part) of the documents of a source, see `in_pieces`. What cannot be read is named and counted in `bad`."""
+    done, progress = 0, Progress(f"source:{source['name']}", sum(path.stat().st_size for path in files))
+    for path in files:
+        number = 0
+        try:
+            with open(path, "rb") as raw:
+                for number, record in read_records(path, raw, source.get("chat") or source.get("text", "text")):
+                    try:
+                        yield from in_pieces(text_of(record, source))
+                    except (ValueError, RecursionError) as e:
+                        bad["records"] += 1
+                        if bad["records"] <= 20:
+                            warn(f"{path}: record {number} skipped: {e}" + "; further ones are only counted" * (bad["records"] == 20))
+                    progress.show(raw, done)
+        except READ_ERRORS as e:
+            bad["files"] += 1
+            warn(f"{path}: corrupt after record {number} ({e}); what came before is kept. Fetch it again and run the command again")
+        done += path.stat().st_size
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoding
+
+_load_tokenizer = functools.cache(Tokenizer.load)                           # once in each process
+
+
+def encode_batch(folder, val_fraction, batch):
+    """Encode pairs (text, part): (tokens that train, tokens held out, both uint16 (n,), CPU seconds)."""
+    begun, tokenizer, train, val = time.thread_time(), _load_tokenizer(folder), [np.zeros(0, np.uint16)], [np.zeros(0, np.uint16)]
+    for text, part in batch:
+        held_out = part == "whole" and is_validation(text, val_fraction)
+        (val if held_out else train).append(tokenizer.encode_array(text, begins=part != "next"))
+    return np.concatenate(train), np.concatenate(val), time.thread_time() - begun
+
+
+def _start_worker():
+    """Run once in each worker process: leave Ctrl-C to the main process, and end when that ends, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def encode_all(pieces, pool, n_ahead, folder, val_fraction):
+    """Yield what `encode_batch` returns for batches of about BLOCK characters, in order, with at most `n_ahead` of them under way."""
+    batch, size, under_way = [], 0, deque()
+    for piece in itertools.chain(pieces, [None]):                           # None pushes out the last batch
+        if piece:
+            batch.append(piece)
+            size += len(piece[0])
+        if size >= BLOCK or not piece:
+            under_way.append(pool.submit(encode_batch, folder, val_fraction, batch))
+            batch, size = [], 0
+        while len(under_way) > (n_ahead if piece else 0):
+            yield under_way.popleft().result()
+
+
+class Shards:
+    """Collect the tokens of one source and split; write a shard whenever SHARD_TOKENS are there."""
+
+    def __init__(self, folder, prefix, tokenizer):
+        self.folder, self.prefix, self.tokenizer = folder, prefix, tokenizer
+        self.files, self.buffer, self.fill = [], np.empty(SHARD_TOKENS, dtype=np.uint16), 0
+
+    def add(self, tokens):
+        while len(tokens):
+            n = min(len(tokens), len(self.buffer) - self.fill)
+            self.buffer[self.fill:self.fill + n] = tokens[:n]
+            self.fill, tokens = self.fill + n, tokens[n:]
+            if self.fill == len(self.buffer):
+                self.flush(1)
+
+    def flush(self, parts):
+        """Write what is there as `parts` shards of equal size."""
+        for tokens in np.array_split(self.buffer[:self.fill], parts):
+            if len(tokens):
+                path = self.folder / f"{self.prefix}-{len(self.files):05d}.bin"
+                documents = int(np.count_nonzero(tokens == self.tokenizer.bos))             # those that begin in this shard
+                text_bytes = sum(int(self.tokenizer.token_bytes[tokens[i:i + BLOCK]].sum()) for i in range(0, len(tokens), BLOCK))
+                write_shard(path, tokens, documents, self.tokenizer)
+                self.files.append({"file": path.name, "tokens": len(tokens), "bytes": text_bytes, "documents": documents, "sha256": sha256_of(path)})
+        self.fill = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+
+def tokenizer(config):
+    """Train a byte-level BPE on a sample of a mix, by weight: tokenizer.txt and tokenizer.json.
+
+    140 MB of text are shared out by weight and taken evenly from the beginnings of a source's files. Held-out documents are left out."""
+    try:
+        import rustbpe                                                      # only this command needs it
+    except ImportError:
+        raise ValueError("training a tokenizer needs the package rustbpe; pip install rustbpe") from None
+    mix, plan = find_files(config)
+    vocab_size = 32_768 if config.vocab_size < 0 else config.vocab_size
+    if not 257 <= vocab_size <= 65_536:
+        raise ValueError(f"--vocab-size must be from 257 to 65536 (shards hold 2 bytes a token), not {vocab_size}")
+    out, weights = Path(config.out), sum(source["weight"] for source, _ in plan)
+
+    def sample():
+        for source, files in plan:
+            budget, taken = SAMPLE_BYTES * source["weight"] / weights, 0
+            for i, path in enumerate(files):
+                until = taken + (budget - taken) / (len(files) - i)
+                for text, part in read_source(source, [path], Counter()):
+                    if taken >= until:
+                        break
+                    if part != "whole" or not is_validation(text, config.val_fraction):
+                        text = clean_text(text)
+                        taken += len(text.encode())
+                        yield text
+            print(f"source:{source['name']} sample_bytes:{taken} asked:{budget:.0f}", flush=True)
+
+    with locked(out):
+        if (out / "tokenizer.txt").exists():
+            raise ValueError(f"{out} has a tokenizer already; name another --out, or delete it")
+        bpe = rustbpe.Tokenizer()
+        bpe.train_from_iterator(sample(), vocab_size - 1, pattern=SPLIT_PATTERN)
+        ranks = [bytes(token) for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])]
+        if len(ranks) < vocab_size - 1:
+            raise ValueError(f"the sample gives {len(ranks) + 1:,} ids, not {vocab_size:,}; give more text or a lower --vocab-size")
+        made = Tokenizer(ranks, SPLIT_PATTERN)
+        write_files(out, made.files())
+    print(f"tokenizer:{out} vocab_size:{made.vocab_size} sha256:{made.sha256} mix:{mix}")
+
+
+def total(files, key):
+    """Sum one count over the entries of shards in the manifest."""
+    return sum(file[key] for file in files)
+
+
+def tokenize_source(source, files, config, tokenizer, pool, workers):
+    """Write the shards of one source; return its entry in the manifest."""
+    name, out, bad, start, seconds = source["name"], Path(config.out), Counter(), time.monotonic(), -time.process_time()
+    train, val = (Shards(out, f"{name}-{split}", tokenizer) for split in ("train", "val"))
+    for train_tokens, val_tokens, spent in encode_all(read_source(source, files, bad), pool, 2 * workers + 1, config.out, config.val_fraction):
+        train.add(train_tokens)
+        val.add(val_tokens)
+        seconds += spent if workers else 0                                  # without workers it is time of this process
+    train.flush(1)
+    val.flush(8)
+    seconds, every = seconds + time.process_time(), train.files + val.files
+    n_tokens, megabytes = total(every, "tokens"), total(every, "bytes") / 1e6
+    print(f"source:{name} documents:{total(every, 'documents')} train_tokens:{total(train.files, 'tokens')} val_tokens:{total(val.files, 'tokens')} "
+          f"bytes_per_token:{1e6 * megabytes / max(1, n_tokens):.2f} bad_records:{bad['records']} corrupt_files:{bad['files']} "
+          f"text:{megabytes:.1f}MB rate:{megabytes / (time.monotonic() - start):.1f}MB/s per_core:{megabytes / seconds:.1f}MB/s", flush=True)
+    return {"name": name, "weight": source["weight"], "corrupt_files": bad["files"], "train": train.files, "val": val.files}
+
+
+def tokenize(config):
+    """Tokenise a mix into a folder of shards that train.py --data reads; the same bytes whatever --workers is.
+
+    A finished source is not done again while its files and flags stay as they are; one that was interrupted is done again.
+    A record that cannot be read (invalid UTF-8, not JSON, no text field, empty) is skipped, named and counted. A corrupt file ends
+    where it is corrupt; what came before is kept, and the exit code is 2. A document of more than 4,194,304 characters always trains.
+    Held-out documents go to eight validation shards a source (and one more for every 33,554,432 tokens). manifest.json is written
+    last: without it the folder is not data."""
+    mix, plan = find_files(config)
+    tokenizer = Tokenizer.load(config.tokenizer or HERE, None if config.vocab_size < 0 else config.vocab_size)
+    if config.workers < -1:
+        raise ValueError(f"--workers must be at least -1, not {config.workers}")
+    out, entries = Path(config.out), []
+    workers = multiprocessing.cpu_count() if config.workers < 0 else config.workers
+    with locked(out):
+        if (out / "tokenizer.txt").exists() and (other := Tokenizer.load(out).sha256) != tokenizer.sha256:
+            raise ValueError(f"{out} is of another tokenizer (sha256 {other[:12]}..., this one is {tokenizer.sha256[:12]}...); "
+                             f"name another --out, or delete the folder")
+        write_files(out, tokenizer.files())
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, _start_worker) if workers else ThreadPoolExecutor(1) as pool:
+            for source, files in plan:
+                record = out / f"{source['name']}.source.json"
+                key = {"tokenizer_sha256": tokenizer.sha256, "val_fraction": config.val_fraction, "fields": [source.get("chat"), source.get("text")],
+                       "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
+                before = {}
+                with contextlib.suppress(FileNotFoundError, ValueError):    # no record, or a damaged one: the source is done anew
+                    before = json.loads(record.read_text())
+                entry = before.get("entry", {}) | {"weight": source["weight"]}
+                if key.items() <= before.items() and all((out / shard["file"]).exists() for shard in entry["train"] + entry["val"]):
+                    print(f"source:{source['name']} done before, files and flags are the same", flush=True)
+                else:
+                    for stale in (record, *out.glob(f"{source['name']}-train-*"), *out.glob(f"{source['name']}-val-*")):
+                        stale.unlink(missing_ok=True)
+                    entry = tokenize_source(source, files, config, tokenizer, pool, workers)
+                    write_files(out, {record.name: json.dumps(key | {"entry": entry}).encode()})
+                entries.append(entry)
+        manifest = {"format": 1, "name": mix, "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "sources": entries}
+        write_files(out, {"manifest.json": json.dumps(manifest, indent=1).encode()})
+    try:
+        open_data(out).val(2048)
+    except ValueError as e:
+        warn(f"validation: {e}, or raise --val-fraction")
+    if corrupt := [entry["name"] for entry in entries if entry["corrupt_files"]]:
+        raise ValueError(f"corrupt files in {', '.join(corrupt)}: {out} is usable without what was lost; fetch them again and run again for the rest")
+
+
+def inspect(config):
+    """Show a folder of shards: tokens, bytes per token, the share asked for and the share that training sees, documents."""
+    if not config.data:
+        raise ValueError("--data must name a folder of token shards")
+    folder, data, n = Path(config.data), open_data(config.data), 20_000
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sources, weights = manifest["sources"], sum(source["weight"] for source in manifest["sources"])
+    print(f"data:{folder} mix:{manifest['name']} vocab_size:{data.tokenizer.vocab_size} tokenizer_sha256:{data.tokenizer.sha256}")
+    T = max(1, min(2048, *(total(source["train"], "tokens") - 1 for source in sources)))
+    mix = data.train(T, 0)
+    seen = np.bincount(mix.locate(np.arange(n))[0], minlength=len(sources)) / n
+    for source, share in zip(sources, seen):
+        train, tokens = source["train"], total(source["train"], "tokens")
+        print(f"source:{source['name']} train_tokens:{tokens} val_tokens:{total(source['val'], 'tokens')} documents:{total(train, 'documents')}",
+              f"bytes_per_token:{total(train, 'bytes') / max(1, tokens):.2f}",
+              f"asked:{100 * source['weight'] / weights:.2f}% realised:{100 * share:.2f}%")
+    print(f"realised: of the first {n:,} samples of {T} tokens. Before any window comes twice: {mix.n_in_first_epoch() * T:,} tokens")
+    for source in sources[:3]:
+        head = open_shard(folder / source["train"][0]["file"], data.tokenizer)[:2048]
+        stop = np.flatnonzero(np.append(head[1:], data.tokenizer.bos) == data.tokenizer.bos)[0] + 1
+        print(f"--- {source['name']}, first document\n{data.tokenizer.decode(head[:stop])[:600]}")
+    if config.verify:
+        shards = [shard for source in sources for shard in source["train"] + source["val"]]
+        if damaged := [shard["file"] for shard in shards if sha256_of(folder / shard["file"]) != shard["sha256"]]:
+            raise ValueError(f"{', '.join(damaged)} in {folder} are damaged (sha256); delete them and run data/prepare.py tokenize again")
+        print("verified: every shard has the sha256 of the manifest")
+
+
+COMMANDS = {"download": download, "tokenizer": tokenizer, "tokenize": tokenize, "inspect": inspect}
+
+
+def main():
+    given = parse_flags(Config, __doc__, positionals=[("command", None, ", ".join(COMMANDS))])
+    command = given.pop("command")
+    if command not in COMMANDS:
+        raise ValueError(f"no command {command!r}; choose from {', '.join(COMMANDS)} (see --help)")
+    if sum(word.partition("=")[0] == "--source" for word in sys.argv) > 1:
+        raise ValueError("--source is given more than once; give it once, comma-separated: --source a=PATH,b=PATH")
+    COMMANDS[command](Config(**given))
+
+
+if __name__ == "__main__":
+    run(main)
