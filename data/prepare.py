@@ -608,7 +608,7 @@ def tokenize(config):
                 if key.items() <= before.items() and all((out / shard["file"]).exists() for shard in entry["train"] + entry["val"]):
                     print(f"source:{source['name']} done before, files and flags are the same", flush=True)
                 else:
-                    for stale in (record, *out.glob(f"{source['name']}-train-*"), *out.glob(f"{source['name']}-val-*")):
+                    for stale in (out / "manifest.json", record, *out.glob(f"{source['name']}-train-*"), *out.glob(f"{source['name']}-val-*")):
                         stale.unlink(missing_ok=True)
                     entry = tokenize_source(source, files, config, tokenizer, pool, workers)
                     write_files(out, {record.name: json.dumps(key | {"entry": entry}).encode()})
