@@ -384,8 +384,9 @@ def main(argv=None):
     # data
     data = open_data(config.data, config.vocab_size)
     tokenizer = data.tokenizer
-    train_mix, val_mix = data.train(config.sequence_len, config.seed), data.val(config.sequence_len)
+    val_mix = data.val(config.sequence_len)
     n_val_windows = validation_windows(val_mix, config.eval_tokens)
+    train_mix = data.train(config.sequence_len, config.seed)
 
     # model and optimizer
     with torch.device(device):
