@@ -295,10 +295,10 @@ class Mix:
 
 
 class Data:
-    """A tokenised corpus: its tokenizer, and `train` and `val` sources. See `open_data`."""
+    """A tokenised corpus: its tokenizer, and `train` and `val` sources; sha256 names the content and the weights. See `open_data`."""
 
-    def __init__(self, path, tokenizer, read_sources):
-        self.path, self.tokenizer, self._read_sources = path, tokenizer, read_sources
+    def __init__(self, path, tokenizer, sha256, read_sources):
+        self.path, self.tokenizer, self.sha256, self._read_sources = path, tokenizer, sha256, read_sources
 
     def train(self, sequence_len, seed):
         return Mix(self._read_sources("train"), sequence_len, seed, self.tokenizer.vocab_size)
@@ -315,7 +315,8 @@ def open_data(path="", vocab_size=None):
     """
     if not path:
         tokenizer = Tokenizer.load(vocab_size=vocab_size)
-        return Data("", tokenizer, lambda split: _read_sample(tokenizer, split))
+        content = b"".join((HERE / "sample" / f"{name}.jsonl.xz").read_bytes() for name in SAMPLE_WEIGHTS)
+        return Data("", tokenizer, hashlib.sha256(content + tokenizer.sha256.encode()).hexdigest(), lambda split: _read_sample(tokenizer, split))
     folder = Path(path)
     if not (folder / "manifest.json").exists():
         raise FileNotFoundError(f"{folder} has no manifest.json: it is not a folder of token shards; make one with data/prepare.py tokenize, "
@@ -332,7 +333,9 @@ def open_data(path="", vocab_size=None):
                          f"use --vocab-size {tokenizer.vocab_size} or other data")
     if not sources:
         raise ValueError(f"{folder / 'manifest.json'} names no sources; run data/prepare.py tokenize again")
-    return Data(str(path), tokenizer, lambda split: [
+    content = [(s["name"], s["weight"], [f.get("sha256", f["file"]) for split in ("train", "val") for f in s[split]]) for s in manifest["sources"]]
+    sha256 = hashlib.sha256(json.dumps([content, tokenizer.sha256]).encode()).hexdigest()
+    return Data(str(path), tokenizer, sha256, lambda split: [
         Source(name, weight, [open_shard(folder / file, tokenizer) for file in files[split]]) for name, weight, files in sources])
 
 
@@ -367,25 +370,26 @@ def validation_windows(mix, n_tokens):
 class Loader:
     """Iterate over one rank's micro-batches for ever, from global sample `start`; a thread reads ahead.
 
-    A step takes the next `batch` samples, whatever the world size: rank r takes the r-th of `world` equal parts, in
-    micro-batches of `micro_batch`. Yields (inputs, targets), int64 (micro_batch, T) on `device`.
+    A step takes the next `batch` samples, whatever the world size: they are cut into micro-batches of `micro_batch`, and rank r takes
+    the r-th, the (r + world)-th, ... of them, `n_micro` a step. Yields (inputs, targets), int64 (micro_batch, T) on `device`.
     """
 
     def __init__(self, mix, start, batch, micro_batch, device="cpu", rank=0, world=1, read_ahead=4):
-        assert batch % (world * micro_batch) == 0, f"batch {batch} is not a multiple of {world} ranks x {micro_batch} sequences"
-        self.mix, self.start, self.batch, self.micro_batch, self.rank, self.world = mix, start, batch, micro_batch, rank, world
+        assert batch % micro_batch == 0, f"batch {batch} is not a multiple of {micro_batch} sequences"
+        self.mix, self.start, self.batch, self.micro_batch = mix, start, batch, micro_batch
+        self.mine = range(rank * micro_batch, batch, world * micro_batch)   # where this rank's micro-batches begin within a step
+        self.n_micro = len(self.mine)
         self.device = torch.device(device)
         self.queue, self.stopped = queue.Queue(maxsize=read_ahead), threading.Event()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
 
     def _read(self):
-        part = self.batch // self.world
-        first = self.start + self.rank * part
+        first = self.start
         while not self.stopped.is_set():
-            for i in range(first, first + part, self.micro_batch):
+            for i in self.mine:
                 try:
-                    item = self.mix.batch(np.arange(i, i + self.micro_batch))
+                    item = self.mix.batch(first + np.arange(i, i + self.micro_batch))
                     if self.device.type == "cuda":
                         item = tuple(tensor.pin_memory() for tensor in item)
                 except Exception as error:                                  # raised again in the consumer, by __next__

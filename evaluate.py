@@ -33,7 +33,7 @@ CHUNK_LOGITS = 2 ** 26          # (token, vocabulary) pairs held at once per arr
 # One pass
 
 @torch.no_grad()
-def score(model, mix, n_windows, tokenizer, batch_size, progress=None):
+def score(model, mix, n_windows, tokenizer, batch_size, rank=0, world_size=1, progress=None):
     """Sum nats and hits of every stage and prefix over the first `n_windows` windows of `mix`, in one pass of the trunk.
 
     Memory is bounded by `batch_size` windows of activations and CHUNK_LOGITS of log-probabilities. progress: called with (done, of).
@@ -44,7 +44,7 @@ def score(model, mix, n_windows, tokenizer, batch_size, progress=None):
     chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
     sums = torch.zeros(4, K, dtype=torch.float64, device=device)        # nats single, nats prefix, hits single, hits prefix
     n_tokens = n_bytes = 0
-    for first in range(0, n_windows, batch_size):
+    for first in range(rank * batch_size, n_windows, world_size * batch_size):
         idx, targets = (t.to(device) for t in mix.batch(np.arange(first, min(first + batch_size, n_windows))))
         stages = [x.flatten(0, 1) for x in model.boundaries(idx)]       # K x (B T, C)
         targets = targets.flatten()
@@ -63,6 +63,11 @@ def score(model, mix, n_windows, tokenizer, batch_size, progress=None):
                     sums[row + 2, k] += ((log_probs.argmax(dim=-1) == y[:, 0]) * weight).sum()
         if progress:
             progress(min(first + batch_size, n_windows), n_windows)
+    if world_size > 1:
+        counts = torch.tensor([n_tokens, n_bytes], device=device)
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(counts)
+        n_tokens, n_bytes = counts.tolist()
     names = ("nats_single", "nats_prefix", "hits_single", "hits_prefix")
     return {"tokens": n_tokens, "bytes": n_bytes, **dict(zip(names, sums.tolist()))}
 
@@ -109,7 +114,7 @@ def evaluate_checkpoint(path, config, progress):
     split_tokens = config.split_tokens or (mix.n_in_first_epoch() * mix.T if not data.path else SPLIT_TOKENS)
     n_windows = validation_windows(mix, split_tokens)
     with attention_backends(device):
-        sums = score(model, mix, n_windows, data.tokenizer, config.device_batch_size, progress)
+        sums = score(model, mix, n_windows, data.tokenizer, config.device_batch_size, progress=progress)
     if not math.isfinite(sums["nats_prefix"][-1]):
         raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
     metrics = {"format": 1, "settings": {"split_tokens": n_windows * mix.T, "seed": VAL_SEED, "weights_sha256": weights_sha256,

@@ -1,13 +1,19 @@
 """
-Command-line flags from a dataclass, and one-line errors. The only home of both; every script here uses it.
+What every script here needs around its work: command-line flags from a dataclass, one-line errors, and the ranks of torchrun.
 
 A script's config is one dataclass. Field `peak_lrm` is the flag `--peak-lrm`; the metadata key `help` says what it is, with
 its unit. Only the flags that were given come back, so that a script can lay them over a preset or a checkpoint's config.
 """
 import argparse
+import contextlib
 import dataclasses
 import os
+import socket
 import sys
+import threading
+import time
+
+SILENCE = 30.0      # seconds after which a rank that has not been heard of is taken for dead
 
 
 def flag(default, help, **more):
@@ -17,7 +23,7 @@ def flag(default, help, **more):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if _rank() == 0 else None)
 
 
 def parse_flags(cls, description, argv=None, positionals=()):
@@ -37,12 +43,142 @@ def parse_flags(cls, description, argv=None, positionals=()):
     return vars(parser.parse_args(argv))
 
 
+def _rank():
+    return int(rank) if (rank := os.environ.get("RANK", "0")).isdecimal() else 0
+
+
+class Ranks:
+    """The processes that torchrun started for this script; without it, this process alone, and every method costs nothing.
+
+    Collectives go over gloo on the CPU and over NCCL on CUDA. A thread tells the other ranks every second that this one lives, and
+    ends this process, naming the rank, when one has been silent for SILENCE seconds: a collective on a GPU would wait for it for ever.
+    Raises ValueError where the environment is not torchrun's.
+    """
+
+    current = None      # the one that this process made, for `run`
+
+    def __init__(self):
+        try:
+            self.rank, self.world_size, self.local_rank = (int(os.environ.get(name, n)) for name, n in
+                                                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        except ValueError as e:
+            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK are set, but not as torchrun sets them ({e}); unset them or use torchrun") from None
+        if self.world_size == 1:
+            return
+        import torch                                                        # not needed by a script that is only asked for --help
+        from torch import distributed
+        self.distributed = distributed
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = distributed.PrefixStore(f"pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+                                             distributed.TCPStore(*place, is_master=False, wait_for_workers=False))
+        self.names = self.gather(f"rank {self.rank} on {socket.gethostname()}")
+        self.heard = {}         # rank -> (its last beat, when it came)
+        self._beat("0")
+        self.gather(None)
+        self.closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+        Ranks.current = self
+
+    def device_name(self, device):
+        """The --device of this rank: each takes the GPU of its local rank."""
+        import torch
+        if self.world_size > 1 and (device or "cuda").startswith("cuda") and torch.cuda.is_available():
+            if device not in (None, "cuda"):
+                raise ValueError(f"--device {device} is one GPU for {self.world_size} ranks; leave it out, and each takes the GPU of its local rank")
+            return f"cuda:{self.local_rank}"
+        return device
+
+    def gather(self, value):
+        """Every rank's value, in order of rank, on every rank. Small Python values; they travel over the CPU."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        self.distributed.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def together(self):
+        """Run a block without collectives on every rank; where it fails on one with ValueError or OSError, all end, and rank 0 says why."""
+        if self.world_size == 1:
+            yield
+            return
+        error = None
+        try:
+            yield
+        except (ValueError, OSError) as e:
+            error = e
+        errors = self.gather(error and str(error))
+        failed = [rank for rank, message in enumerate(errors) if message is not None]
+        if failed and self.rank == 0:
+            raise ValueError(errors[failed[0]] + (f" ({self.names[failed[0]]})" if len(failed) < self.world_size else "")) from error
+        if failed:
+            self.close()
+            sys.exit(2)
+
+    @contextlib.contextmanager
+    def alike(self):
+        """Run a block that does the same on every rank: where it fails, it fails on all, and rank 0 alone says why."""
+        try:
+            yield
+        except (ValueError, OSError):
+            if self.rank == 0:
+                raise
+            self.close()
+            sys.exit(2)
+
+    def _beat(self, beat):
+        self.store.set(str(self.rank), beat)
+
+    def _listen(self):
+        """Note who has been heard of; return the ranks' silences in seconds."""
+        now, others = time.monotonic(), [r for r in range(self.world_size) if r != self.rank]
+        for rank, beat in zip(others, self.store.multi_get([str(r) for r in others])):
+            if self.heard.get(rank, (None,))[0] != beat or beat == b"end":
+                self.heard[rank] = beat, now
+        return {rank: now - when for rank, (_, when) in self.heard.items()}
+
+    def _watch(self):
+        beat = 0
+        while not self.closed.wait(1.0):
+            beat += 1
+            try:
+                self._beat(str(beat))
+                dead = [self.names[rank] for rank, silence in self._listen().items() if silence > SILENCE]
+            except RuntimeError:
+                dead = [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"]
+            if dead and not self.closed.is_set():
+                print(f"{os.path.basename(sys.argv[0])}: error: {', '.join(dead)} has not been heard of for {SILENCE:.0f} s: it died, or its machine "
+                      f"is gone; this rank ends too (--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def dead(self):
+        """The names of the ranks that stay silent for five seconds, for a collective that has just failed."""
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            time.sleep(0.5)
+            try:
+                silent = [self.names[rank] for rank, silence in self._listen().items() if silence > 4]
+            except RuntimeError:
+                return [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"]
+        return silent
+
+    def close(self):
+        """Leave: the others no longer wait to hear of this rank."""
+        if self.world_size > 1:
+            self.closed.set()
+            with contextlib.suppress(RuntimeError):                         # where rank 0 keeps the store, it may be gone already
+                self._beat("end")
+            self.distributed.destroy_process_group()
+            Ranks.current = None
+
+
 def run(main):
     """Call a script's `main()`; end with one clear line and exit code 2 on bad input, quietly on Ctrl-C or a closed pipe.
 
     ValueError and OSError are what wrong flags, files and checkpoints raise here; anything else is our bug and keeps its traceback.
     """
-    name = os.path.basename(sys.argv[0])
+    name = os.path.basename(sys.argv[0]) + (f": rank {_rank()}" if _rank() else "")
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that is not UTF-8 shall not end a run
     try:
@@ -55,10 +191,13 @@ def run(main):
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+            print(f"{name}: error: out of memory; lower --device-batch-size, --num-samples or the model's size", file=sys.stderr)
+            sys.exit(2)
+        if not Ranks.current or not (dead := Ranks.current.dead()):
             raise
-        print(f"{name}: error: out of memory; lower --device-batch-size, --num-samples or the model's size", file=sys.stderr)
-        sys.exit(2)
+        print(f"{name}: error: {', '.join(dead)} died; this rank ends too (--resume goes on from the last checkpoint)", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -434,13 +434,14 @@ class PoE(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def backward_by_stage(self, idx, targets, scale):
+    def backward_by_stage(self, idx, targets, scale, last=True):
         """Forward and backward of one micro-batch; yield (k, loss_k) as soon as the gradients of stage k are there.
 
         idx, targets: int64 (B, T). scale: 1 / tokens of the whole optimizer step, so that gradients and losses
         summed over micro-batches are means. loss_k: 0-d tensor, nats, detached. Gradients are added to `.grad`.
         Under `poe`, stage k's activations are freed before stage k + 1 runs: peak memory is one stage's.
-        The shared head's gradient is the sum of the stage heads': call `finish_gradients` after the last micro-batch.
+        last: whether this is the last micro-batch of the step. Only then is the shared head's gradient formed: the merged weight
+        is W + W_k, so dW = sum_k dW_k. What has been yielded is complete then, but for the shared head, complete after the last stage.
         """
         pending = []
         x = x0 = self.embed(idx)
@@ -456,18 +457,23 @@ class PoE(nn.Module):
             if self.config.objective == "poe":
                 normed.backward(normed_grad.view_as(normed))
                 x, x0 = x.detach(), x0.detach()                             # the locality contract
+                if last:
+                    self._add_to_shared_head(head)
                 yield k, loss
             else:
                 pending.append((normed, normed_grad.view_as(normed), loss))
         if pending:
             torch.autograd.backward([p[0] for p in pending], [p[1] for p in pending])
+            for head in self.lm_head_stages if last else ():
+                self._add_to_shared_head(head)
             yield from ((k, p[2]) for k, p in enumerate(pending))
 
     @torch.no_grad()
-    def finish_gradients(self):
-        """Set the shared head's gradient to the sum of the K stage heads': the merged weight is W + W_k, so dW = sum_k dW_k."""
-        if self.lm_head_stages:
-            self.lm_head.weight.grad = torch.stack([head.weight.grad for head in self.lm_head_stages]).sum(dim=0)
+    def _add_to_shared_head(self, head):
+        """Add the gradient of a stage's own head to the shared head's."""
+        if head is not self.lm_head:
+            shared = self.lm_head.weight
+            shared.grad = head.weight.grad.clone() if shared.grad is None else shared.grad.add_(head.weight.grad)
 
     def stage_of(self, name):
         """The stage that trains parameter `name`, or None for the shared head, which all stages train."""
@@ -570,11 +576,11 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def verify_checkpoint(path, skip_optimizer=False):
+def verify_checkpoint(path, skip_optimizer=False, share=(0, 1)):
     """Check a step directory against its manifest; return the manifest's {file: sha256}.
 
     Raises FileNotFoundError or ValueError that names the file which is missing or altered.
-    skip_optimizer: leave out optim/, for readers of the weights alone.
+    skip_optimizer: leave out optim/, for readers of the weights alone. share: (i, n), check only every n-th file, from the i-th.
     """
     path = Path(path)
     try:
@@ -585,8 +591,8 @@ def verify_checkpoint(path, skip_optimizer=False):
             raise ValueError("it must name config.json, model.pt and files beside them")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}/manifest.json is not readable ({e}); use another step") from None
-    for name, sha256 in files.items():
-        if skip_optimizer and name.startswith("optim/"):
+    for number, (name, sha256) in enumerate(files.items()):
+        if (skip_optimizer and name.startswith("optim/")) or number % share[1] != share[0]:
             continue
         try:
             altered = sha256_of(path / name) != sha256

@@ -6,15 +6,17 @@ its nearest semi-orthogonal matrix; `lr` is therefore in units of spectral norm 
 iterations of Polar Express (arXiv 2505.16932). Weight decay is decoupled in both (AdamW, arXiv 1711.05101).
 
 Ownership. Every parameter has one owner rank. Only the owner holds its optimizer state and does its update, so state (8 bytes a
-parameter under AdamW, 4 under Muon, in float32) and work are divided by the world size. Muon's matrices are dealt out by
-Newton-Schulz FLOPs and AdamW's parameters by size, each longest first. There is no padding and no divisibility rule. A step is
+parameter under AdamW, 4 under Muon, in float32) and work are divided by the world size; weights and gradients are whole on every
+rank. Muon's matrices are dealt out by Newton-Schulz FLOPs and AdamW's parameters by size, each longest first. There is no padding
+and no divisibility rule. Ranks add up: the gradients that a rank brings are its share of the whole batch's. A step is
 
-    1. reduce      each gradient is averaged onto its owner (`start_reduce` may have begun earlier, stage by stage)
-    2. update      each rank updates what it owns
-    3. send back   the owner broadcasts the new weights
+    1. reduce      each gradient is summed onto its owner (`start_reduce` may have begun earlier, stage by stage)
+    2. update      each rank updates what it owns, in the order of the model, so that late gradients are waited for last
+    3. send back   the owner broadcasts the new weights, while the next ones are updated
 
-World size 1 is the same path without communication. A parameter without a gradient is an error on every rank: skipping it
-on some would hang the others. Not here: parameter names and their groups, schedules, logging.
+All ranks issue the same collectives in the same order. World size 1 is the same path without them. A parameter without a
+gradient is an error on every rank: skipping it on some would hang the others. Not here: parameter names and their groups,
+schedules, logging.
 """
 import torch
 import torch.distributed as dist
@@ -82,6 +84,24 @@ def assign_owners(groups, world_size):
     return owner
 
 
+def units_of(rank, groups, owner):
+    """What `rank` updates, in order: [(group, names)]. A unit of Muon is a stack of matrices of one shape, one of AdamW a parameter."""
+    units = []
+    for group in groups:
+        owned = {name: p for name, p in group["params"].items() if owner[name] == rank}
+        if group["kind"] == "adamw":
+            units += [(group, [name]) for name in owned]
+            continue
+        open_stacks = {}                                                    # shape -> the unit of that shape that has room
+        for name, p in owned.items():
+            names = open_stacks.get(p.shape, [])
+            if not names or (len(names) + 1) * p.numel() > STACK_ELEMENTS:
+                names = open_stacks[p.shape] = []
+                units.append((group, names))
+            names.append(name)
+    return units
+
+
 class MuonAdamW:
     """Groups are dicts: kind ("muon" or "adamw"), params {name: tensor}, lr, weight_decay, and momentum or betas and eps.
 
@@ -93,19 +113,18 @@ class MuonAdamW:
         self.params = {name: p for group in groups for name, p in group["params"].items()}
         assert len(self.params) == sum(len(group["params"]) for group in groups), "a parameter is in two groups"
         self.owner = assign_owners(groups, world_size)
+        self.units = [units_of(r, groups, self.owner) for r in range(world_size)]
         self.state, self.reducing = {}, {}
-        for group in groups:
-            for name, p in group["params"].items():
-                if self.owner[name] == rank:
-                    moments = ("momentum_buffer",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
-                    self.state[name] = {key: torch.zeros_like(p, requires_grad=False) for key in moments}
-                    self.state[name]["step"] = 0
+        for group, names in self.units[rank]:
+            for name in names:
+                moments = ("momentum_buffer",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
+                self.state[name] = {key: torch.zeros_like(self.params[name], requires_grad=False) for key in moments}
+                self.state[name]["step"] = 0
 
     def start_reduce(self, names):
-        """Begin averaging these parameters' gradients onto their owners, without waiting."""
+        """Begin summing these parameters' gradients onto their owners, without waiting. The same names in the same order on every rank."""
         for name in names if self.world_size > 1 else ():
             grad = self.params[name].grad
-            grad /= self.world_size                 # gloo has no average; dividing first is also safer in low precision
             self.reducing[name] = dist.reduce(grad, self.owner[name], async_op=True), grad      # both kept alive until waited for
 
     @torch.no_grad()
@@ -113,40 +132,36 @@ class MuonAdamW:
         """Reduce, update, send back; gradients are freed."""
         missing = [name for name, p in self.params.items() if p.grad is None]
         assert not missing, f"parameters without a gradient: {missing}"
-        # 1. reduce
         self.start_reduce([name for name in self.params if name not in self.reducing])
-        for work, _ in self.reducing.values():
+        sending = []
+        for i in range(max(map(len, self.units))):
+            if i < len(self.units[self.rank]):
+                group, names = self.units[self.rank][i]
+                for name in names if self.world_size > 1 else ():
+                    self.reducing.pop(name)[0].wait()
+                self._update(group, names)
+            for rank, units in enumerate(self.units) if self.world_size > 1 else ():
+                for name in units[i][1] if i < len(units) else ():
+                    sending.append(dist.broadcast(self.params[name].data, rank, async_op=True))
+        for work in [*sending, *(work for work, _ in self.reducing.values())]:  # those left are of gradients that others own
             work.wait()
         self.reducing.clear()
-        # 2. update what this rank owns
-        for group in self.groups:
-            owned = [name for name in group["params"] if self.owner[name] == self.rank]
-            for name in owned:
-                self.state[name]["step"] += 1
-            if group["kind"] == "muon":
-                self._muon_step(group, owned)
-            else:
-                for name in owned:
-                    adamw_update(self.params[name], self.params[name].grad, **self.state[name], lr=group["lr"],
-                                 betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
         for p in self.params.values():
             p.grad = None
-        # 3. send back
-        if self.world_size > 1:
-            for work in [dist.broadcast(p.data, self.owner[name], async_op=True) for name, p in self.params.items()]:
-                work.wait()
 
-    def _muon_step(self, group, owned):
-        """Update the owned matrices of a group, in stacks of one shape."""
-        by_shape = {}
-        for name in owned:
-            by_shape.setdefault(self.params[name].shape, []).append(name)
-        for shape, names in by_shape.items():
-            at_once = max(1, STACK_ELEMENTS // shape.numel())
-            for i in range(0, len(names), at_once):
-                stack = [self.params[name] for name in names[i:i + at_once]]
-                muon_update(stack, [p.grad for p in stack], [self.state[name]["momentum_buffer"] for name in names[i:i + at_once]],
-                            lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
+    def _update(self, group, names):
+        """Update the parameters of one unit, and free their gradients."""
+        params, states = [self.params[name] for name in names], [self.state[name] for name in names]
+        for state in states:
+            state["step"] += 1
+        if group["kind"] == "muon":
+            muon_update(params, [p.grad for p in params], [state["momentum_buffer"] for state in states],
+                        lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
+        else:
+            adamw_update(params[0], params[0].grad, **states[0], lr=group["lr"], betas=group["betas"], eps=group["eps"],
+                         weight_decay=group["weight_decay"])
+        for p in params:
+            p.grad = None
 
     def state_dict(self):
         """State of the parameters that this rank owns, keyed by name; no hyperparameters."""

@@ -1,17 +1,24 @@
 """
-Train a per-stage Product-of-Experts language model.
+Train a per-stage Product-of-Experts language model, on one process or on any number of ranks.
 
     python train.py                                              # embedded sample, tiny preset, CPU, minutes
     python train.py --preset d12 --data DATA --out runs/d12
-    python train.py --resume runs/tiny                           # after an interruption
+    torchrun --standalone --nproc_per_node 8 train.py --preset 3b --data DATA --out runs/3b
+    torchrun ... train.py --resume runs/3b                       # after an interruption, on any number of ranks
+    torchrun ... train.py --continue-from runs/3b/step-83923 --num-steps 50800 --peak-lrm 0.5 --warmup-steps 1000 \\
+        --warmdown-ratio 0.55 --final-lrm 0.0 --out runs/3b-continual    # a new phase: optimizer restored, rate re-warmed
     python train.py --preset 3b --dry-run                        # sizes, FLOPs, phase table, memory; nothing is trained
 
-Each micro-batch runs one stage at a time, forward and backward (model.py); parameters are updated after the last stage of the
-last micro-batch. RUN/log.jsonl holds every step and every validation; RUN/step-XXXXX/ are the checkpoints: config.json, model.pt,
-optim/rank-00000.pt, state.json, the tokenizer, and manifest.json with the sha256 of each. A checkpoint appears whole or not at all.
+A step's batch is cut into micro-batches that are dealt to the ranks, so the batch is the same on any number of them. Each micro-batch
+runs one stage at a time, forward and backward (model.py); in the last one, a stage's gradients travel to their owners while the next
+stage runs; parameters are updated after the last stage (muon.py).
 
-Training time excludes validation and saving. Ctrl-C or SIGTERM saves at the next step boundary and exits; a second one stops at once.
-Order of precedence: defaults < preset < checkpoint (--resume) < flags.
+RUN/log.jsonl holds every step and every validation; RUN/step-XXXXX/ are the checkpoints: config.json, model.pt, optim/rank-XXXXX.pt,
+state.json, the tokenizer, and manifest.json with the sha256 of each. A checkpoint appears whole or not at all. RUN must be on a file
+system that all ranks share.
+
+Training time excludes validation and saving. Ctrl-C or SIGTERM saves at the next step boundary and exits; a second one stops at once
+(under torchrun it is ignored). torchrun's own restarts resume. Order of precedence: defaults < preset < checkpoint < flags.
 """
 import fcntl
 import gzip
@@ -31,17 +38,19 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from dataloader import Loader, open_data, validation_windows
 from evaluate import read_log, score, slice_text, summarize, write_json
-from flags import flag, parse_flags, run
+from flags import Ranks, flag, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters,
                    flops_per_token, load_tensors, parameter_group, read_record, sha256_of, verify_checkpoint)
-from muon import MuonAdamW
+from muon import MuonAdamW, assign_owners
 from sample import complete
 from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
+CHECK_RANKS_EVERY = 100             # steps between checks that all ranks hold the same parameters
 SAMPLE_PROMPTS = ("The capital of France is", "He looked at the sea and", "def ")
 
 
@@ -85,8 +94,10 @@ class TrainConfig:
     data: str = flag("", "folder of token shards (data/prepare.py); empty is the embedded sample")
     out: str = flag(None, "run directory (default: runs/<preset>)")
     resume: str = flag("", "run directory to go on with, from its newest whole checkpoint")
+    continue_from: str = flag("", "checkpoint (RUN/step-XXXXX) to begin a new phase from, in a new --out")
+    reset_optimizer: bool = flag(False, "with --continue-from: start from the weights alone, with a fresh optimizer")
     seed: int = flag(0, "of the initial weights and of the order of the data")
-    device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one; under torchrun each rank takes its own)")
     dtype: str = flag(None, "compute dtype; master weights are float32 (default: bfloat16 on cuda, else float32)", choices=("float32", "bfloat16", "float64"))
     compile: bool = flag(None, "compile the blocks and the loss (default: on cuda only)")
     dry_run: bool = flag(False, "print sizes, FLOPs, schedule and memory, and exit")
@@ -101,8 +112,8 @@ class TrainConfig:
     sequence_len: int = flag(None, "context, tokens (default: preset)")
     vocab_size: int = flag(None, "token ids, bos included; fewer than the tokenizer has take its first merges (default: preset)")
     # optimizer
-    total_batch_tokens: int = flag(None, "tokens per optimizer step, over all micro-batches (default: preset)")
-    device_batch_size: int = flag(None, "sequences per micro-batch; lower it when memory runs out (default: preset)")
+    total_batch_tokens: int = flag(None, "tokens per optimizer step, over all micro-batches and ranks (default: preset)")
+    device_batch_size: int = flag(None, "sequences per micro-batch of a rank; lower it when memory runs out (default: preset)")
     matrix_lr: float = flag(None, "peak rate of Muon, the blocks' matrices (default: preset)")
     embedding_lr: float = flag(None, "peak rate of the token embedding; value embeddings take half (default: preset)")
     unembedding_lr: float = flag(None, "peak rate of the heads (default: preset)")
@@ -118,6 +129,7 @@ class TrainConfig:
     eval_every: int = flag(None, "steps between validations beside those at saves (-1 or 0 = off; default: preset)")
     eval_tokens: int = flag(None, "tokens of a validation (default: preset)")
     save_every: int = flag(None, "steps between checkpoints, beside the last (-1 or 0 = off; default: preset)")
+    keep_optim: int = flag(2, "newest checkpoints that keep their optimizer state, beside those at the ends of phases (-1 = all)")
 
     def __post_init__(self):
         for name in ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"):
@@ -126,6 +138,10 @@ class TrainConfig:
         for name in ("seed", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
             if not 0 <= getattr(self, name) < (2 ** 63 if name == "seed" else 1000):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative, and below {'2^63' if name == 'seed' else 1000}")
+        if self.keep_optim < 1 and self.keep_optim != -1:
+            raise ValueError(f"--keep-optim {self.keep_optim} must be at least 1, or -1 to keep all")
+        if self.reset_optimizer and not self.continue_from:
+            raise ValueError("--reset-optimizer needs --continue-from, the checkpoint whose weights to start from")
         if self.total_batch_tokens % self.sequence_len:
             raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} is not a multiple of --sequence-len {self.sequence_len}")
         if self.batch % self.device_batch_size:
@@ -136,6 +152,10 @@ class TrainConfig:
     def batch(self):
         return self.total_batch_tokens // self.sequence_len      # sequences per optimizer step
 
+    @property
+    def n_micro(self):
+        return self.batch // self.device_batch_size              # micro-batches per optimizer step, over all ranks
+
     def model_config(self):
         try:
             stages = tuple(int(n) for n in self.stage_layers.split(","))
@@ -143,49 +163,114 @@ class TrainConfig:
             raise ValueError(f"--stage-layers {self.stage_layers!r} is not a list of layer counts such as 16,6,5,5") from None
         return ModelConfig(stage_layers=stages, **{f.name: getattr(self, f.name) for f in fields(ModelConfig) if f.name != "stage_layers"})
 
-    def phase(self):
-        return Phase(0, self.num_steps, self.warmup_steps, self.peak_lrm, self.warmdown_ratio, self.final_lrm)
 
-
-FIXED_BY_RESUME = ("preset", "seed", "objective", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden", "stage_layers",
-                   "sequence_len", "vocab_size", "total_batch_tokens")
+SHAPE_FLAGS = ("preset", "seed", "objective", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden", "stage_layers", "sequence_len", "vocab_size")
 
 
 def resolve_config(given):
-    """Lay the given flags over the preset, or over the config that a run recorded. Raises ValueError or FileNotFoundError."""
-    if given.get("resume"):
-        out = Path(given["resume"])
+    """Lay the given flags over the preset, or over what a run or checkpoint recorded. Raises ValueError or FileNotFoundError.
+
+    Returns (TrainConfig, phase table): rows of config.json's "phases", of which the last, the one to train, is filled in by `phase_row`.
+    """
+    if given.get("out") == "":
+        raise ValueError("--out is empty; name a folder for the run")
+    resume, parent = given.get("resume"), given.get("continue_from")
+    if resume and parent:
+        raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
+    if not resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":     # torchrun restarted the same command
+        out = given.get("out", f"runs/{given.get('preset', 'tiny')}")
+        if (Path(out) / "config.json").exists():
+            given, resume = {}, out
+    if resume:
+        out = Path(resume)
         if (out / "manifest.json").exists():
             raise ValueError(f"--resume {out} is a checkpoint; give the run that it is in: --resume {out.resolve().parent}")
         try:
-            recorded = json.loads((out / "config.json").read_text())["train"]
+            record = json.loads((out / "config.json").read_text())
+            recorded, phases = record["train"], record["phases"]
         except FileNotFoundError:
             raise FileNotFoundError(f"--resume {out}: no run there (no config.json); start one with --out {out}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{out / 'config.json'} is not readable: {e!r}") from None
-        fixed = [f"--{name.replace('_', '-')}" for name in FIXED_BY_RESUME if name in given]
-        if fixed:
-            raise ValueError(f"{', '.join(fixed)} cannot be given with --resume: the run in {out} has its own; leave it out or start another --out")
+        refuse(given, (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer"), f"--resume: the run in {out} has its own; leave it out or start another --out")
         if Path(given.get("out") or out) != out:
             raise ValueError(f"--out {given['out']} and --resume {out} name two runs; leave --out out")
-        try:
-            return TrainConfig(**{**recorded, **given, "out": str(out)})
-        except TypeError as e:
-            raise ValueError(f"{out / 'config.json'} is not of this version ({e}); start another --out") from None
-    if given.get("out") == "":
-        raise ValueError("--out is empty; name a folder for the run")
-    preset = given.get("preset", "tiny")
-    shape = asdict(PRESETS[preset])
-    shape["stage_layers"] = ",".join(map(str, shape["stage_layers"]))
-    if given.get("objective") == "bp":
-        shape["stage_layers"] = str(given.get("n_layer", shape["n_layer"]))
-    del shape["objective"]
-    recipe = asdict(RECIPES[preset])
-    config = TrainConfig(**{**shape, **recipe, "out": f"runs/{preset}", **given})
+        return recorded_config(out, {**recorded, **given, "resume": str(resume), "out": str(out)}), check_phases(out, phases)
+    if parent:
+        parent = Path(parent)
+        if not (parent / "manifest.json").exists():
+            steps = checkpoint_steps(parent)
+            raise FileNotFoundError(f"--continue-from {parent} " + (f"is a run: name one of its checkpoints, such as {steps[-1]}" if steps else
+                                    "is not a checkpoint: give a RUN/step-XXXXX"))
+        refuse(given, SHAPE_FLAGS, f"--continue-from: {parent} has its own; leave it out or train anew")
+        if "out" not in given:
+            raise ValueError(f"--continue-from {parent} needs --out, a folder for the new run")
+        record, state = read_record(parent), read_state(parent)
+        config = recorded_config(parent, {**record["train"], "reset_optimizer": False, **given, "resume": ""})
+        phases = check_phases(parent, record.get("phases")) + [{"anchor_step": state["step"], "anchor_sample": state["sample"]}]
+    else:
+        preset = given.get("preset", "tiny")
+        shape = asdict(PRESETS[preset])
+        shape["stage_layers"] = ",".join(map(str, shape["stage_layers"]))
+        if given.get("objective") == "bp":
+            shape["stage_layers"] = str(given.get("n_layer", shape["n_layer"]))
+        del shape["objective"]
+        config = TrainConfig(**{**shape, **asdict(RECIPES[preset]), "out": f"runs/{preset}", **given})
+        phases = [{"anchor_step": 0, "anchor_sample": 0}]
     if any((Path(config.out) / name).exists() for name in ("config.json", "log.jsonl")) or checkpoint_steps(config.out):
         if not config.dry_run:
             raise ValueError(f"{config.out} already holds a run: go on with --resume {config.out}, or choose another --out")
-    return config
+    return config, phases
+
+
+def refuse(given, names, why):
+    """Raise ValueError where one of these flags is given."""
+    if found := [f"--{name.replace('_', '-')}" for name in names if name in given]:
+        raise ValueError(f"{', '.join(found)} cannot be given with {why}")
+
+
+def recorded_config(path, values):
+    try:
+        return TrainConfig(**values)
+    except TypeError as e:
+        raise ValueError(f"{path / 'config.json'} is not of this version ({e}); start another --out") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Phases: the rows of a run's phase table
+
+def phase_row(config, row, data):
+    """Fill in the last row of the phase table: where it starts, what it reads and how its rate moves."""
+    return {"anchor_step": row["anchor_step"], "anchor_sample": row["anchor_sample"], "batch": config.batch, "mix": config.data,
+            "mix_sha256": data and data.sha256, "num_steps": config.num_steps, "warmup_steps": config.warmup_steps, "peak_lrm": config.peak_lrm,
+            "warmdown_ratio": config.warmdown_ratio, "final_lrm": config.final_lrm, "reset_optimizer": config.reset_optimizer}
+
+
+def phase_of(row):
+    """The schedule of a row of the phase table."""
+    return Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
+
+
+def check_phases(path, rows):
+    """Return `rows`, the phase table of config.json in `path`, or raise ValueError where it is not one."""
+    try:
+        for row in rows:
+            phase_of(row), row["anchor_sample"] + 0, row["mix"] + ""
+        assert rows
+    except (KeyError, TypeError, ValueError, AssertionError) as e:
+        raise ValueError(f"the phase table of {path / 'config.json'} is not readable ({e!r}); use another checkpoint") from None
+    return rows
+
+
+def samples_of_earlier_phases(rows):
+    """Samples that the phases before the last took from the last one's mix: its stream goes on there. Another mix begins its own."""
+    return sum(after["anchor_sample"] - row["anchor_sample"] for row, after in zip(rows, rows[1:]) if row.get("mix_sha256") == rows[-1]["mix_sha256"])
+
+
+def dense_step(rows, step):
+    """Whether a continued phase is validated here for its shock to be seen: at its anchor and 1, 2, 4, ... 1,024 steps after it."""
+    rel = step - rows[-1]["anchor_step"]
+    return len(rows) > 1 and 0 <= rel <= 1024 and rel & (rel - 1) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,24 +300,30 @@ def optimizer_groups(model, config):
 
 
 def memory_estimate(model_config, config, world_size):
-    """Estimated bytes per rank in training, by kind: parameters, gradients, optimizer state (sharded), activations, loss."""
-    groups = count_parameters(model_config)
-    total, matrices = sum(groups.values()), groups["matrices"]
-    tokens = config.device_batch_size * config.sequence_len
+    """Estimated bytes per rank in training, by kind: parameters, gradients, optimizer state (of the rank with most), activations, loss."""
+    total, tokens = sum(count_parameters(model_config).values()), config.device_batch_size * config.sequence_len
+    with torch.device("meta"):
+        model = PoE(model_config)
+    groups, state = optimizer_groups(model, config), [0] * world_size
+    owner = assign_owners(groups, world_size)
+    for group in groups:
+        for name, p in group["params"].items():
+            state[owner[name]] += p.numel() * (4 if group["kind"] == "muon" else 8)
     layers = max(model_config.stage_layers) if model_config.objective == "poe" else model_config.n_layer
     kv_dim = model_config.n_kv_head * model_config.head_dim
+    block = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)
     # saved for backward by a compiled block: 2 MLP-wide, 6 stream-wide and 6 KV-wide tensors a token, and its weights' casts
     # (within 3 % of the peaks measured for d12 and 3b on an H100)
-    activations = 2 * layers * (tokens * (2 * model_config.mlp_hidden + 6 * model_config.n_embd + 6 * kv_dim) + matrices // model_config.n_layer)
+    activations = 2 * layers * (tokens * (2 * model_config.mlp_hidden + 6 * model_config.n_embd + 6 * kv_dim) + block)
     head, chunk = model_config.vocab_size * model_config.n_embd, min(tokens, LOSS_CHUNK_LOGITS["cuda"] // model_config.vocab_size)
-    return {"parameters": 4 * total, "gradients": 4 * total, "optimizer_state": (4 * matrices + 8 * (total - matrices)) // world_size,
-            "activations": activations, "loss": 6 * chunk * model_config.vocab_size + 6 * head}
+    return {"parameters": 4 * total, "gradients": 4 * total, "optimizer_state": max(state), "activations": activations,
+            "loss": 6 * chunk * model_config.vocab_size + 6 * head}
 
 
-def dry_run(config):
+def dry_run(config, rows, world_size):
     """Print what a run would be; the last line is a JSON object."""
-    model_config, phase = config.model_config(), config.phase()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    model_config, rows = config.model_config(), rows[:-1] + [phase_row(config, rows[-1], None)]
+    phases = [phase_of(row) for row in rows]
     with torch.device("meta"):
         model = PoE(model_config)
     print("parameter shapes (layers 0 and last):")
@@ -243,57 +334,110 @@ def dry_run(config):
     print("parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in params.items()) + f", total {sum(params.values()):,}")
     flops = flops_per_token(model_config)
     print(f"FLOPs per token: {flops / 1e9:.2f} G (forward + backward, causal attention not halved)")
-    print(f"steps: {config.num_steps:,} x {config.total_batch_tokens:,} tokens = {config.num_steps * config.total_batch_tokens:,} tokens, "
-          f"micro-batches of {config.device_batch_size} x {model_config.sequence_len}")
+    tokens = config.num_steps * config.total_batch_tokens
+    print(f"steps: {config.num_steps:,} x {config.total_batch_tokens:,} tokens = {tokens:,} tokens, "
+          f"{config.n_micro} micro-batches of {config.device_batch_size} x {model_config.sequence_len} a step, on {world_size} ranks")
     print("phase anchor  steps warmup  peak warmdown  final")
-    print(f"{1:>5} {phase.anchor:>6} {phase.num_steps:>6} {phase.warmup_steps:>6} {phase.peak_lrm:>5} {phase.warmdown_steps:>8} {phase.final_lrm:>6}")
+    for number, phase in enumerate(phases, 1):
+        print(f"{number:>5} {phase.anchor:>6} {phase.num_steps:>6} {phase.warmup_steps:>6} {phase.peak_lrm:>5} {phase.warmdown_steps:>8} {phase.final_lrm:>6}")
     memory = memory_estimate(model_config, config, world_size)
     print(f"estimated memory per rank of {world_size}: " + ", ".join(f"{kind} {n / 2**30:.1f}" for kind, n in memory.items())
           + f", total {sum(memory.values()) / 2**30:.1f} GiB")
     print(json.dumps({"preset": config.preset, "model": asdict(model_config), "params": params, "params_total": sum(params.values()),
-                      "flops_per_token": flops, "num_steps": config.num_steps, "total_batch_tokens": config.total_batch_tokens,
-                      "tokens": config.num_steps * config.total_batch_tokens, "phases": [phase_row(phase, config)],
-                      "memory_per_rank_bytes": memory, "memory_per_rank_bytes_total": sum(memory.values()), "world_size": world_size}))
+                      "flops_per_token": flops, "num_steps": config.num_steps, "total_batch_tokens": config.total_batch_tokens, "tokens": tokens,
+                      "phases": rows, "memory_per_rank_bytes": memory, "memory_per_rank_bytes_total": sum(memory.values()), "world_size": world_size}))
 
 
-def phase_row(phase, config):
-    """A phase as a row of the checkpoint's phase table."""
-    row = asdict(phase)
-    return {"anchor_step": row.pop("anchor"), "anchor_sample": 0, "batch": config.batch, "mix": config.data, **row}
+def validation_slices(data, rows, config):
+    """What to validate on: [(path, mix, windows)], the present data first, then that of earlier phases where it was other data."""
+    slices, seen = [(data.path, data.val(config.sequence_len))], {data.sha256}
+    for row in reversed(rows[:-1]):
+        if row.get("mix_sha256") not in seen:
+            seen.add(row.get("mix_sha256"))
+            try:
+                slices.append((row["mix"], open_data(row["mix"], config.vocab_size).val(config.sequence_len)))
+            except (OSError, ValueError) as e:
+                print(f"the validation slice of the earlier data is left out: {e}")
+    return [(path, mix, validation_windows(mix, config.eval_tokens)) for path, mix in slices]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints: writing and resuming (reading weights alone is in model.py)
 
-def save_checkpoint(out, step, *what):
-    """Save into a temporary folder, then rename: RUN/step-XXXXX appears whole or not at all. Returns its path; raises OSError on a full disk."""
+def save_checkpoint(out, step, ranks, model, optimizer, record, state, tokenizer):
+    """Save into a temporary folder, then rename: RUN/step-XXXXX appears whole or not at all. Returns its path.
+
+    Each rank writes the optimizer state that it owns, rank 0 the rest. Raises OSError or ValueError, on a full disk for one, and then
+    leaves everything before as it was.
+    """
     final, temporary = out / f"step-{step:05d}", out / f".tmp-step-{step:05d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write_checkpoint(temporary, step, *what)
-    except (OSError, RuntimeError) as e:            # torch.save says RuntimeError when the disk is full
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({str(e).splitlines()[0]}); the checkpoints before it are whole: free disk space, "
-                      f"then --resume {out}") from None
-    shutil.rmtree(final, ignore_errors=True)        # there only where a resume found it damaged and trained that step again
-    os.rename(temporary, final)
-    sync(out)
+    with ranks.together():
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "optim").mkdir(parents=True)
+    with ranks.together():
+        try:
+            written = [f"optim/rank-{ranks.rank:05d}.pt"]
+            torch.save(optimizer.state_dict(), temporary / written[0])
+            if ranks.rank == 0:
+                torch.save(model.state_dict(), temporary / "model.pt")
+                texts = {"config.json": json.dumps({**record, "step": step}, indent=1).encode(), "state.json": json.dumps(state).encode(),
+                         **tokenizer.files()}
+                for name, content in texts.items():
+                    (temporary / name).write_bytes(content)
+                written += ["model.pt", *texts]
+            for name in written:
+                sync(temporary / name)
+            digests = {name: sha256_of(temporary / name) for name in written}
+        except (OSError, RuntimeError) as e:        # torch.save says RuntimeError when the disk is full
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"{final} could not be written ({str(e).splitlines()[0]}); the checkpoints before it are whole: free disk space, "
+                          f"then --resume {out}") from None
+    digests = ranks.gather(digests)
+    with ranks.together():
+        if ranks.rank == 0:
+            write_manifest(temporary, {name: sha256 for each in digests for name, sha256 in each.items()})
+            sync(temporary / "optim")
+            shutil.rmtree(final, ignore_errors=True)        # there only where a resume found it damaged and trained that step again
+            os.rename(temporary, final)
+            sync(out)
     return final
 
 
-def write_checkpoint(temporary, step, model, optimizer, record, state, tokenizer):
-    """Write a checkpoint's files into the folder `temporary` and sync each to disk."""
-    (temporary / "optim").mkdir(parents=True)
-    torch.save(model.state_dict(), temporary / "model.pt")
-    torch.save(optimizer.state_dict(), temporary / "optim" / f"rank-{optimizer.rank:05d}.pt")
-    texts = {"config.json": json.dumps({**record, "step": step}, indent=1).encode(), "state.json": json.dumps(state).encode(), **tokenizer.files()}
-    for name, content in texts.items():
-        (temporary / name).write_bytes(content)
-    files = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
-    manifest = {"format": 1, "files": {name: sha256_of(temporary / name) for name in files}}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in [*(temporary / name for name in files), temporary / "manifest.json", temporary / "optim", temporary]:
-        sync(path)
+def write_manifest(path, files):
+    """Write manifest.json of a checkpoint, {file: sha256}, whole or not at all."""
+    temporary = path / ".manifest.json.tmp"
+    temporary.write_text(json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1))
+    sync(temporary)
+    os.replace(temporary, path / "manifest.json")
+    sync(path)
+
+
+def drop_optimizer_state(out, keep, phase_ends):
+    """Delete the optimizer state of all checkpoints but the newest `keep` and those at `phase_ends`; their manifests say so first."""
+    for path in checkpoint_steps(out)[:-keep] if keep > 0 else ():
+        if int(path.name[5:]) not in phase_ends and (path / "optim").exists():
+            files = json.loads((path / "manifest.json").read_text())["files"]
+            write_manifest(path, {name: sha256 for name, sha256 in files.items() if not name.startswith("optim/")})
+            shutil.rmtree(path / "optim")
+
+
+def place_seed(parent, out):
+    """Put a checkpoint into the new run `out` as its first: hard links where the file system has them, else a copy."""
+    final, temporary = out / parent.name, out / f".tmp-{parent.name}"
+    if final.exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in [*verify_checkpoint(parent), "manifest.json"]:
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(parent / name, temporary / name)
+        except OSError:                                     # another file system
+            shutil.copyfile(parent / name, temporary / name)
+            sync(temporary / name)
+    sync(temporary)
+    os.rename(temporary, final)
+    sync(out)
 
 
 def lock(out):
@@ -313,41 +457,88 @@ def sync(path):
     os.close(descriptor)
 
 
-def newest_whole_checkpoint(out):
-    """The newest checkpoint of a run whose files all match their manifest, or None before its first save; says which it skips and why."""
-    for path in reversed(checkpoint_steps(out)):
-        try:
-            verify_checkpoint(path)
-            return path
-        except (OSError, ValueError) as e:
-            print(f"skipping {path}: {e}")
-    if checkpoint_steps(out):
-        raise ValueError(f"no checkpoint in {out} is whole: restore one from a copy, or start another --out")
-    return None
+def read_state(path):
+    """state.json of a checkpoint: step, sample (the global sample cursor), train_time. Raises ValueError where it is not one."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        assert all(state[key] >= 0 for key in ("step", "sample", "train_time"))
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        raise ValueError(f"{path / 'state.json'} is not a run's state ({e!r}); use another step") from None
+    return state
 
 
-def restore(path, model, optimizer, tokenizer):
-    """Load weights and optimizer state of a checkpoint into `model` and `optimizer`; return its state.json."""
-    if read_record(path)["tokenizer"]["sha256"] != tokenizer.sha256:
-        raise ValueError(f"{path} was trained with another tokenizer than the data's; use --data with its own")
+def restore(path, model, optimizer, with_optimizer):
+    """Load a checkpoint's weights and, of its optimizer state, what this rank owns (from any number of ranks' files, mapped, not read whole)."""
     weights = load_tensors(path / "model.pt")
     model.check_weights(weights)
     model.load_state_dict(weights)
-    optimizer_state = {}
-    for file in sorted((path / "optim").glob("rank-*.pt")):
+    if not with_optimizer:
+        return
+    files, optimizer_state = sorted((path / "optim").glob("rank-*.pt")), {}
+    if not files:
+        raise ValueError(f"{path} holds no optimizer state (see --keep-optim); use another step, or --continue-from it with --reset-optimizer")
+    for file in files:
         optimizer_state.update(load_tensors(file))
     optimizer.load_state_dict(optimizer_state)
-    state = json.loads((path / "state.json").read_text())
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), (int, float)) and state[key] >= 0 for key in ("step", "sample", "train_time")):
-        raise ValueError(f"{path / 'state.json'} is not a run's state; use another step")
-    return state
+
+
+def restore_newest(out, ranks, model, optimizer, with_optimizer):
+    """Restore the newest checkpoint of a run that is whole, and say which are skipped and why. Returns its path, or None before the first save.
+
+    with_optimizer: a function of the step. The ranks share the work of checking sha256 sums.
+    """
+    paths = checkpoint_steps(out)
+    for path in reversed(paths):
+        for attempt in (lambda: verify_checkpoint(path, share=(ranks.rank, ranks.world_size)),
+                        lambda: restore(path, model, optimizer, with_optimizer(read_state(path)["step"]))):
+            error = None
+            try:
+                attempt()
+            except (OSError, ValueError, AttributeError, TypeError) as e:
+                error = str(e)
+            errors = [message for message in ranks.gather(error) if message]
+            if errors:
+                break
+        if not errors:
+            return path
+        if ranks.rank == 0:
+            print(f"skipping {path}: {errors[0]}")
+    with ranks.alike():
+        if paths:
+            raise ValueError(f"no checkpoint in {out} is whole: restore one from a copy, or start another --out")
+
+
+@torch.no_grad()
+def check_ranks(ranks, model, step):
+    """Raise ValueError unless all ranks hold the same parameters, by the sum of their bits (exact, in any order of summation)."""
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}
+    sums = torch.stack([p.view(bits[p.dtype]).sum(dtype=torch.int64) for p in model.parameters()]).tolist() if ranks.world_size > 1 else []
+    gathered = ranks.gather(sums)
+    with ranks.alike():
+        for rank, other in enumerate(gathered):
+            for (name, _), a, b in zip(model.named_parameters(), gathered[0], other):
+                if a != b:
+                    raise ValueError(f"ranks 0 and {rank} hold different weights at step {step}, first in {name}: nothing was saved; check the "
+                                     f"machines (memory, GPUs of one kind, one version of torch), then --resume")
+
+
+def check_finite(step, gathered, saved):
+    """Raise ValueError naming stage and rank where a loss or a gradient is not finite. gathered: each rank's (losses, gradient norms, ...)."""
+    for rank, values in enumerate(gathered):
+        for what, numbers in zip(("loss", "gradient"), values):
+            for stage, number in enumerate(numbers):
+                if not math.isfinite(number):
+                    raise ValueError(f"the {what} of stage {stage} is not finite ({number}) on rank {rank} at step {step}: stopped before the update; the "
+                                     f"last checkpoint, {'none yet' if saved is None else f'step-{saved:05d}'}, is untouched; lower the rates and --resume")
 
 
 def open_log(path, step):
     """Open log.jsonl for appending, without the lines at or beyond `step`, which a resumed run writes again."""
     kept = [entry for entry in read_log(path) if entry["step"] < step or (entry["step"] == step and entry["kind"] != "step")]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    return open(path, "a", buffering=1)
+    temporary = path.with_name(".log.jsonl.tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    os.replace(temporary, path)
+    return open(path, "a", buffering=1), {entry["step"] for entry in kept if entry["kind"] == "val"}
 
 
 def git_commit():
@@ -361,128 +552,179 @@ def git_commit():
 
 def main(argv=None):
     started = time.time()
-    stop = []                                                               # signals received
+    given = parse_flags(TrainConfig, __doc__, argv)
+    if given.get("dry_run"):
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(*resolve_config(given), int(os.environ.get("WORLD_SIZE", 1)))
+        return
+    ranks = Ranks()
+    main_rank, stop = ranks.rank == 0, []                                   # stop: signals received
+
+    def say(text):
+        if main_rank:
+            print(text, flush=True)
 
     def on_signal(number, frame):
-        print(f"{signal.Signals(number).name}: saving at the next step boundary", flush=True)
+        say(f"{signal.Signals(number).name}: saving at the next step boundary")
         stop.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if ranks.world_size == 1:                                           # torchrun sends a second one by itself
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    # config
-    config = resolve_config(parse_flags(TrainConfig, __doc__, argv))
-    model_config, phases = config.model_config(), [config.phase()]
-    if config.dry_run:
-        return dry_run(config)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains on one process; start it without torchrun")
-    device, dtype = choose_device(config.device, config.dtype)
-    on_cuda = device.type == "cuda"
-    out = Path(config.out)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    with ranks.together():
+        # config
+        config, rows = resolve_config(given)
+        model_config, out = config.model_config(), Path(config.out)
+        if ranks.world_size > config.n_micro:
+            raise ValueError(f"a step's {config.n_micro} micro-batches (--total-batch-tokens {config.total_batch_tokens} / --sequence-len "
+                             f"{config.sequence_len} / --device-batch-size {config.device_batch_size}) leave some of {ranks.world_size} ranks without "
+                             f"work; lower --device-batch-size or start fewer ranks")
+        device, dtype = choose_device(ranks.device_name(config.device), config.dtype)
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(device)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
 
-    # data
-    data = open_data(config.data, config.vocab_size)
-    tokenizer = data.tokenizer
-    val_mix = data.val(config.sequence_len)
-    n_val_windows = validation_windows(val_mix, config.eval_tokens)
-    train_mix = data.train(config.sequence_len, config.seed)
+        # data
+        data = open_data(config.data, config.vocab_size)
+        tokenizer = data.tokenizer
+        mix_sha256 = rows[-1].get("mix_sha256")                             # of a resumed run
+        rows[-1] = phase_row(config, rows[-1], data)
+        phases = [phase_of(row) for row in rows]
+        if mix_sha256 not in (None, data.sha256):
+            raise ValueError(f"{data.path or 'the embedded sample'} is not the data that {out} was trained on; give that with --data, or begin a phase "
+                             f"on other data with --continue-from")
+        slices = validation_slices(data, rows, config)
+        _, val_mix, n_val_windows = slices[0]
+        train_mix = data.train(config.sequence_len, config.seed)
+        stream_start = samples_of_earlier_phases(rows) - rows[-1]["anchor_sample"]
 
-    # model and optimizer
-    with torch.device(device):
-        model = PoE(model_config, dtype)
-    if dtype == torch.float64:
-        model.double()
-    model.init_weights(config.seed)
-    groups = optimizer_groups(model, config)
-    optimizer = MuonAdamW(groups)
+        # model and optimizer
+        with torch.device(device):
+            model = PoE(model_config, dtype)
+        if dtype == torch.float64:
+            model.double()
+        model.init_weights(config.seed)
+        groups = optimizer_groups(model, config)
+        optimizer = MuonAdamW(groups, ranks.rank, ranks.world_size)
+        names_of_stage = [[name for name, _ in model.named_parameters() if model.stage_of(name) == k] for k in range(model_config.n_stage)]
+        params, flops = count_parameters(model_config), flops_per_token(model_config)
+        record = {"format": 1, "model": asdict(model_config), "train": asdict(config) | {"resume": ""},
+                  "tokenizer": {"vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "sha256": tokenizer.sha256}, "phases": rows}
+
+        # the run's folder
+        if main_rank:
+            parent = Path(config.continue_from)
+            if config.continue_from and (not config.resume or not checkpoint_steps(out)):
+                if read_record(parent)["tokenizer"]["sha256"] != tokenizer.sha256:
+                    raise ValueError(f"{data.path or 'the embedded sample'} was tokenised with another tokenizer than {parent} was trained with")
+                if not ("optim/rank-00000.pt" in verify_checkpoint(parent) or config.reset_optimizer):
+                    raise ValueError(f"{parent} holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer")
+            out.mkdir(parents=True, exist_ok=True)
+            locked = lock(out)
+            for leftover in out.glob(".tmp-step-*"):
+                shutil.rmtree(leftover)
+            write_json(out / "config.json", record)
+            if config.continue_from and not checkpoint_steps(out):
+                place_seed(parent, out)
+
+    # where the run stands
     step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk
-    if config.resume:
-        locked = lock(out)
-        for leftover in out.glob(".tmp-step-*"):
-            shutil.rmtree(leftover)
-        checkpoint = newest_whole_checkpoint(out)
+    ramp_start = max(row["anchor_step"] for row in rows if row.get("reset_optimizer") or row is rows[0])   # momentum buffers were zero there
+    if config.resume or config.continue_from:
+        checkpoint = restore_newest(out, ranks, model, optimizer, lambda at: not (config.reset_optimizer and at == rows[-1]["anchor_step"]))
         if checkpoint:
-            state = restore(checkpoint, model, optimizer, tokenizer)
+            state = read_state(checkpoint)
             step = saved = state["step"]
+        with ranks.alike():
             if step > phases[-1].end:
                 raise ValueError(f"{checkpoint} is past the run's end, step {phases[-1].end}; raise --num-steps")
-        print(f"resuming {checkpoint or 'from step 0: no checkpoint yet'}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)
-    first_step = step
-    record = {"format": 1, "model": asdict(model_config), "train": asdict(config) | {"resume": ""},
-              "tokenizer": {"vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "sha256": tokenizer.sha256},
-              "phases": [phase_row(phase, config) for phase in phases]}
-    write_json(out / "config.json", record)
+        say(f"{'resuming' if config.resume else 'continuing from'} {checkpoint or 'step 0: no checkpoint yet'}")
+        if len(rows) > 1 and rows[-1]["anchor_step"] < phases[-2].end:
+            say(f"phase {len(rows) - 1} was to end at step {phases[-2].end}; phase {len(rows)} begins at step {rows[-1]['anchor_step']}")
     if on_cuda if config.compile is None else config.compile:
         model.compile_regions()
 
     # log
-    log_file = open_log(out / "log.jsonl", step)
+    if main_rank:
+        log_file, validated = open_log(out / "log.jsonl", step)
+    validated = ranks.gather(validated if main_rank else None)[0]
 
     def log(**entry):
-        log_file.write(json.dumps(entry) + "\n")
+        if main_rank:
+            log_file.write(json.dumps(entry) + "\n")
 
-    params, flops = count_parameters(model_config), flops_per_token(model_config)
-    header = {"config": record["train"], "commit": git_commit(), "torch": torch.__version__, "world_size": 1,
+    header = {"config": record["train"], "phases": rows, "commit": git_commit(), "torch": torch.__version__, "world_size": ranks.world_size,
               "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu x {torch.get_num_threads()}", "params_total": sum(params.values())}
     log(kind="header", step=step, **header)
-    print(json.dumps(header))
-    print(f"{sum(params.values()):,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
-          f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}")
+    say(json.dumps(header))
+    say(f"{sum(params.values()):,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
+        f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}")
 
     def validate():
-        """Score the validation windows, log and print; return (sums, metrics)."""
-        metrics = summarize(score(model, val_mix, n_val_windows, tokenizer, config.device_batch_size))
-        bpb = metrics["bpb"]
-        if not math.isfinite(bpb["full"]):
-            raise ValueError(f"the validation loss is not finite at step {step}: nothing was saved; lower the rates and --resume {out}")
-        log(kind="val", step=step, train_time=state["train_time"], **metrics)
-        loss = bpb["full"] * math.log(2) * metrics["bytes"] / metrics["tokens"]
-        print(f"step:{step:05d}/{phases[-1].end:05d} val_loss:{loss:.4f} val_bpb:{bpb['full']:.4f} "
-              f"single_bpb:{','.join(f'{b:.4f}' for b in bpb['single'])} train_time:{state['train_time']:.1f}s", flush=True)
-        return metrics
-
-    def save():
-        return save_checkpoint(out, step, model, optimizer, record, {**state, "step": step}, tokenizer)
+        """Score the validation windows of every slice, log and print; return the metrics of the present data's."""
+        all_metrics = []
+        for number, (path, mix, n_windows) in enumerate(slices):
+            metrics = summarize(score(model, mix, n_windows, tokenizer, config.device_batch_size, ranks.rank, ranks.world_size))
+            bpb = metrics["bpb"]
+            with ranks.alike():
+                if not math.isfinite(bpb["full"]):
+                    raise ValueError(f"the validation loss is not finite at step {step}: nothing was saved; lower the rates and --resume {out}")
+            if step not in validated:
+                log(kind="val_old" if number else "val", step=step, mix=path, train_time=state["train_time"], **metrics)
+            loss = bpb["full"] * math.log(2) * metrics["bytes"] / metrics["tokens"]
+            say(f"step:{step:05d}/{phases[-1].end:05d} {'old_' * bool(number)}val_loss:{loss:.4f} val_bpb:{bpb['full']:.4f} "
+                f"single_bpb:{','.join(f'{b:.4f}' for b in bpb['single'])} train_time:{state['train_time']:.1f}s")
+            all_metrics.append(metrics)
+        return all_metrics[0]
 
     # loop
-    loader = Loader(train_mix, state["sample"], config.batch, config.device_batch_size, device)
-    n_micro, end, metrics, printed = config.batch // config.device_batch_size, phases[-1].end, None, 0.0
-    dts = []
+    loader = Loader(train_mix, state["sample"] + stream_start, config.batch, config.device_batch_size, device, ranks.rank, ranks.world_size)
+    n_micro, end, metrics, printed = loader.n_micro, phases[-1].end, None, 0.0
+    dts, stopping = [], False
     with attention_backends(device):
         while True:
             last = step == end
             save_due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
-            eval_due = config.eval_every > 0 and step % config.eval_every == 0
-            if last or ((save_due or eval_due) and step > first_step):      # a resumed step was validated before
+            eval_due = save_due or dense_step(rows, step) or (step > 0 and config.eval_every > 0 and step % config.eval_every == 0)
+            if last or (eval_due and step not in validated):
                 metrics = validate()
-            if (save_due or stop) and step != saved:
-                print(f"saved {save()}", flush=True)
+            if step % CHECK_RANKS_EVERY == 0 or save_due or stopping:
+                check_ranks(ranks, model, step)
+            if (save_due or stopping) and step != saved:
+                say(f"saved {save_checkpoint(out, step, ranks, model, optimizer, record, {**state, 'step': step}, tokenizer)}")
                 saved = step
-            if last or stop:
+                if main_rank:
+                    drop_optimizer_state(out, config.keep_optim, {row["anchor_step"] for row in rows} | {end})
+            if last or stopping:
                 break
 
             # one optimizer step
             start = time.time()
             losses = torch.zeros(model_config.n_stage, device=device, dtype=model.lm_head.weight.dtype)
-            for _ in range(n_micro):
+            norms = torch.zeros_like(losses)                                # largest gradient entry, by stage
+            for micro_step in range(n_micro):
                 inputs, targets = next(loader)
-                for k, loss in model.backward_by_stage(inputs, targets, 1 / config.total_batch_tokens):
+                last_micro = micro_step == n_micro - 1
+                for k, loss in model.backward_by_stage(inputs, targets, 1 / config.total_batch_tokens, last_micro):
                     losses[k] += loss
-            model.finish_gradients()
-            losses = losses.tolist()                                        # the one host sync of a step
-            if not all(map(math.isfinite, losses)):
-                raise ValueError(f"the loss is not finite at step {step}: {losses} by stage; the last checkpoint is untouched; lower the rates")
+                    if last_micro:
+                        norms[k] = get_total_norm([optimizer.params[name].grad for name in names_of_stage[k]], math.inf)
+                        optimizer.start_reduce(names_of_stage[k])           # travels while the next stage runs
+            mine = losses.tolist(), norms.tolist(), bool(stop)              # the one host sync of a step
+            fwdbwd = time.time() - start
+            gathered = ranks.gather(mine)
+            with ranks.alike():
+                check_finite(step, gathered, saved)
+            losses = [sum(of_ranks) for of_ranks in zip(*(values[0] for values in gathered))]
+            stopping = any(values[2] for values in gathered)
             phase = phases[phase_index(phases, step)]
             lrm = learning_rate(phase, step)
             for group in groups:
                 group["lr"] = group["initial_lr"] * lrm
                 group["weight_decay"] = group["initial_weight_decay"] * weight_decay_factor(phase, step)
                 if group["kind"] == "muon":
-                    group["momentum"] = muon_momentum(phase, step)
+                    group["momentum"] = muon_momentum(phase, step, ramp_start)
             optimizer.step()
             if on_cuda:
                 torch.cuda.synchronize()
@@ -491,40 +733,47 @@ def main(argv=None):
             state["sample"] += config.batch
             dts = dts[-19:] + [dt]
             train_loss, rate = sum(losses) / len(losses), config.total_batch_tokens / dt
-            log(kind="step", step=step, train_loss=train_loss, losses=losses, lrm=lrm, position=position(phase, step)[0], dt=dt,
+            log(kind="step", step=step, train_loss=train_loss, losses=losses, lrm=lrm, position=position(phase, step)[0], dt=dt, fwdbwd=fwdbwd,
                 train_time=state["train_time"])
             if time.time() - printed > 2 or step + 1 == end:
                 printed = time.time()
-                print(f"step:{step:05d}/{end:05d} phase:{len(phases)} train_loss:{train_loss:.4f} lrm:{lrm:.3f} dt:{dt * 1000:.1f}ms "
-                      f"tok_per_sec:{rate:.0f} train_time:{state['train_time']:.1f}s eta:{sum(dts) / len(dts) * (end - step - 1) / 60:.1f}m", flush=True)
+                say(f"step:{step:05d}/{end:05d} phase:{len(phases)} train_loss:{train_loss:.4f} lrm:{lrm:.3f} dt:{dt * 1000:.1f}ms "
+                    f"tok_per_sec:{rate:.0f} train_time:{state['train_time']:.1f}s eta:{sum(dts) / len(dts) * (end - step - 1) / 60:.1f}m")
             step += 1
     loader.close()
-    log_file.close()
-    locked.close()
-    if stop and not last:
-        print(f"stopped at step {step}; go on with --resume {out}")
-        return
+    if main_rank:
+        log_file.close()
+        if last:
+            report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, flops, started)
+        else:
+            print(f"stopped at step {step}; go on with --resume {out}")
+        locked.close()
+    ranks.gather(None)
+    ranks.close()
 
-    # report
+
+def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, flops, started):
+    """Print what a finished run has learnt: a few samples, its bpb beside that of compressors, and a JSON object as the last line."""
+    device = model.cos.device
     with torch.compiler.set_stance("force_eager"), attention_backends(device):
         for number, prompt in enumerate(SAMPLE_PROMPTS):
             room = config.sequence_len + 1 - len(tokenizer.encode(prompt))  # none in a very short context
             if room > 0:
-                text = complete(model, tokenizer, prompt, min(60, room), range(model_config.n_stage), temperature=0.8, top_k=50,
+                text = complete(model, tokenizer, prompt, min(60, room), range(model.config.n_stage), temperature=0.8, top_k=50,
                                 seed=config.seed + number)[0]["completion"]
                 print(f"sample: {(prompt + text)!r}")
     bpb = metrics["bpb"]
-    report = {"bpb": bpb, "bpb_gzip": None, "bpb_xz": None}
+    result = {"bpb": bpb, "bpb_gzip": None, "bpb_xz": None}
     if metrics["bytes"] <= COMPRESSORS_UP_TO:
         text, _ = slice_text(val_mix, n_val_windows, tokenizer)
-        report["bpb_gzip"] = 8 * len(gzip.compress(text, 9)) / len(text)
-        report["bpb_xz"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
-    rows = [("full", bpb["full"]), *((f"s{k}", b) for k, b in enumerate(bpb["single"])), ("gzip -9", report["bpb_gzip"]), ("xz -9", report["bpb_xz"])]
+        result["bpb_gzip"] = 8 * len(gzip.compress(text, 9)) / len(text)
+        result["bpb_xz"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
+    rows = [("full", bpb["full"]), *((f"s{k}", b) for k, b in enumerate(bpb["single"])), ("gzip -9", result["bpb_gzip"]), ("xz -9", result["bpb_xz"])]
     print(f"val bpb on {metrics['bytes']:,} bytes: " + "  ".join(f"{name} {value:.4f}" for name, value in rows if value is not None))
-    peak = torch.cuda.max_memory_allocated() if on_cuda else None
-    print(json.dumps({**report, "seconds": round(time.time() - started, 1), "train_seconds": round(state["train_time"], 1), "step": step,
-                      "checkpoint": str(checkpoint_steps(out)[-1]), "params_total": sum(params.values()), "flops_per_token": flops,
-                      "val_bytes": metrics["bytes"], "peak_memory_bytes": peak}))
+    print(json.dumps({**result, "seconds": round(time.time() - started, 1), "train_seconds": round(state["train_time"], 1), "step": step,
+                      "checkpoint": str(checkpoint_steps(out)[-1]), "params_total": sum(count_parameters(model.config).values()),
+                      "flops_per_token": flops, "val_bytes": metrics["bytes"],
+                      "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}))
 
 
 if __name__ == "__main__":

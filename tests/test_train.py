@@ -18,7 +18,7 @@ import torch
 import sample
 import train
 from conftest import ROOT, SMALL
-from model import PRESETS, PoE, load_checkpoint, verify_checkpoint
+from model import PRESETS, PoE, checkpoint_steps, load_checkpoint, verify_checkpoint
 from muon import MuonAdamW
 from test_model import make, naive_losses, tokens
 
@@ -42,9 +42,8 @@ def test_one_optimizer_step_equals_the_naive_twins():
     ours, twin = make(), make()
     idx, targets = tokens()
     for row in range(3):
-        for _ in ours.backward_by_stage(idx[row:row + 1], targets[row:row + 1], 1 / targets.numel()):
+        for _ in ours.backward_by_stage(idx[row:row + 1], targets[row:row + 1], 1 / targets.numel(), last=row == 2):
             pass
-    ours.finish_gradients()
     sum(naive_losses(twin, idx, targets, detach=True)).backward()
     for model in (ours, twin):
         MuonAdamW(train.optimizer_groups(model, config)).step()
@@ -166,10 +165,11 @@ def test_interrupting_leaves_a_usable_checkpoint_and_exits_cleanly(data, trained
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and f"--resume {run}" in out
-    newest = train.newest_whole_checkpoint(run)
+    newest = checkpoint_steps(run)[-1]
+    verify_checkpoint(newest)
     assert int(newest.name[5:]) >= 1 and str(int(newest.name[5:])) in out
     train.main(["--resume", str(run), "--num-steps", str(int(newest.name[5:]) + 2), "--warmup-steps", "1"])
-    assert train.newest_whole_checkpoint(run).name == f"step-{int(newest.name[5:]) + 2:05d}"
+    assert checkpoint_steps(run)[-1].name == f"step-{int(newest.name[5:]) + 2:05d}"
 
 
 def test_checkpoint_round_trip_is_bit_exact(trained):
@@ -326,4 +326,5 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(data, trained, tmp_p
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "step-00008 could not be written" in done.stderr and "--resume" in done.stderr
-    assert train.newest_whole_checkpoint(run).name == "step-00006" and not list(run.glob(".tmp*"))
+    verify_checkpoint(run / "step-00006")
+    assert checkpoint_steps(run)[-1].name == "step-00006" and not list(run.glob(".tmp*"))
