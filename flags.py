@@ -8,12 +8,13 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
 
-SILENCE = 30.0      # seconds after which a rank that has not been heard of is taken for dead
+BEAT, SILENCE = 1.0, 30.0       # seconds between a rank's signs of life; seconds without one after which it is taken for dead
 
 
 def flag(default, help, **more):
@@ -50,7 +51,7 @@ def _rank():
 class Ranks:
     """The processes that torchrun started for this script; without it, this process alone, and every method costs nothing.
 
-    Collectives go over gloo on the CPU and over NCCL on CUDA. A thread tells the other ranks every second that this one lives, and
+    Collectives go over gloo on the CPU and over NCCL on CUDA. A thread gives the other ranks a sign of life every BEAT seconds, and
     ends this process, naming the rank, when one has been silent for SILENCE seconds: a collective on a GPU would wait for it for ever.
     Raises ValueError where the environment is not torchrun's.
     """
@@ -63,22 +64,51 @@ class Ranks:
                                                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         except ValueError as e:
             raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK are set, but not as torchrun sets them ({e}); unset them or use torchrun") from None
+        self.restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if self.world_size == 1:
             return
         import torch                                                        # not needed by a script that is only asked for --help
         from torch import distributed
         self.distributed = distributed
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = distributed.PrefixStore(f"pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
-                                             distributed.TCPStore(*place, is_master=False, wait_for_workers=False))
+        keeps_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun's agent does elsewhere
+        store = distributed.TCPStore(*place, is_master=keeps_store, wait_for_workers=False)
+        meeting = self._meet(store)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=self.rank, world_size=self.world_size,
+                                       store=distributed.PrefixStore(meeting, store))
+        self.store = distributed.PrefixStore(meeting + "/beat", distributed.TCPStore(*place, is_master=False, wait_for_workers=False))
         self.names = self.gather(f"rank {self.rank} on {socket.gethostname()}")
+        # after torchrun restarted the ranks; its count is each node's own
+        self.restarted = any(self.gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
         self.heard = {}         # rank -> (its last beat, when it came)
         self._beat("0")
         self.gather(None)
         self.closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
         Ranks.current = self
+
+    def _meet(self, store):
+        """Agree on a name with the ranks that are alive now, and with no others: the prefix of all that they put into `store`.
+
+        torchrun keeps one store through its restarts, with what dead ranks left in it, and no count of restarts is common to all nodes.
+        So each rank writes a word of its own; rank 0 reads them all out; each repeats the list in which its word is; when all have
+        repeated the same list, rank 0 declares it. Raises TimeoutError after ten minutes.
+        """
+        def keys(what):
+            return [f"{what}/{rank}" for rank in range(self.world_size)]
+        word, end = secrets.token_hex(8), time.monotonic() + 600
+        store.set(f"word/{self.rank}", word)
+        while time.monotonic() < end:
+            if self.rank == 0 and store.check(keys("word")):
+                store.set("list", b" ".join(store.multi_get(keys("word"))).decode())
+            if store.check(["list"]) and word in (words := store.get("list").decode()):
+                store.set(f"repeated/{self.rank}", words)
+                if self.rank == 0 and store.check(keys("repeated")) and {*store.multi_get(keys("repeated"))} == {words.encode()}:
+                    store.set("declared", words)
+                if store.check(["declared"]) and store.get("declared").decode() == words:
+                    return words.replace(" ", "-")
+            time.sleep(0.05)
+        raise TimeoutError(f"rank {self.rank} waited ten minutes for the other {self.world_size - 1} ranks; look at their machines, then start again")
 
     def device_name(self, device):
         """The --device of this rank: each takes the GPU of its local rank."""
@@ -136,32 +166,35 @@ class Ranks:
         for rank, beat in zip(others, self.store.multi_get([str(r) for r in others])):
             if self.heard.get(rank, (None,))[0] != beat or beat == b"end":
                 self.heard[rank] = beat, now
-        return {rank: now - when for rank, (_, when) in self.heard.items()}
+        return self._silences()
+
+    def _silences(self):
+        return {rank: time.monotonic() - when for rank, (_, when) in self.heard.items()}
 
     def _watch(self):
-        beat = 0
-        while not self.closed.wait(1.0):
-            beat += 1
+        while not self.closed.wait(BEAT):
+            why = f"has not been heard of for {SILENCE:.0f} s: it died, or its machine is gone"
             try:
-                self._beat(str(beat))
+                self._beat(str(time.monotonic()))
                 dead = [self.names[rank] for rank, silence in self._listen().items() if silence > SILENCE]
             except RuntimeError:
-                dead = [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"]
+                dead, why = [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"], "is gone, with its process or its machine"
             if dead and not self.closed.is_set():
-                print(f"{os.path.basename(sys.argv[0])}: error: {', '.join(dead)} has not been heard of for {SILENCE:.0f} s: it died, or its machine "
-                      f"is gone; this rank ends too (--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
+                print(f"{os.path.basename(sys.argv[0])}: error: {', '.join(dead)} {why}; this rank ends too "
+                      f"(--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def dead(self):
-        """The names of the ranks that stay silent for five seconds, for a collective that has just failed."""
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            time.sleep(0.5)
-            try:
-                silent = [self.names[rank] for rank, silence in self._listen().items() if silence > 4]
-            except RuntimeError:
-                return [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"]
-        return silent
+        """The names of the ranks that are silent for seconds, after a collective has failed. Rank 0, which may keep the store, listens longest."""
+        self.closed.set()
+        silent, end = self._silences(), time.monotonic() + (5 if self.rank else 7) * BEAT
+        with contextlib.suppress(RuntimeError):                             # the store is gone: what was heard until then must do
+            while time.monotonic() < end:
+                self._beat(str(time.monotonic()))
+                silent = self._listen()
+                time.sleep(BEAT / 2)
+            self._beat("end")                                               # this rank leaves, it did not die
+        return [self.names[rank] for rank, silence in silent.items() if silence > 4 * BEAT]
 
     def close(self):
         """Leave: the others no longer wait to hear of this rank."""

@@ -167,7 +167,7 @@ class TrainConfig:
 SHAPE_FLAGS = ("preset", "seed", "objective", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden", "stage_layers", "sequence_len", "vocab_size")
 
 
-def resolve_config(given):
+def resolve_config(given, restarted=False):
     """Lay the given flags over the preset, or over what a run or checkpoint recorded. Raises ValueError or FileNotFoundError.
 
     Returns (TrainConfig, phase table): rows of config.json's "phases", of which the last, the one to train, is filled in by `phase_row`.
@@ -177,7 +177,7 @@ def resolve_config(given):
     resume, parent = given.get("resume"), given.get("continue_from")
     if resume and parent:
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
-    if not resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":     # torchrun restarted the same command
+    if restarted and not resume:                                            # torchrun started the same command again
         out = given.get("out", f"runs/{given.get('preset', 'tiny')}")
         if (Path(out) / "config.json").exists():
             given, resume = {}, out
@@ -375,24 +375,12 @@ def save_checkpoint(out, step, ranks, model, optimizer, record, state, tokenizer
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "optim").mkdir(parents=True)
-    with ranks.together():
-        try:
-            written = [f"optim/rank-{ranks.rank:05d}.pt"]
-            torch.save(optimizer.state_dict(), temporary / written[0])
-            if ranks.rank == 0:
-                torch.save(model.state_dict(), temporary / "model.pt")
-                texts = {"config.json": json.dumps({**record, "step": step}, indent=1).encode(), "state.json": json.dumps(state).encode(),
-                         **tokenizer.files()}
-                for name, content in texts.items():
-                    (temporary / name).write_bytes(content)
-                written += ["model.pt", *texts]
-            for name in written:
-                sync(temporary / name)
-            digests = {name: sha256_of(temporary / name) for name in written}
-        except (OSError, RuntimeError) as e:        # torch.save says RuntimeError when the disk is full
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"{final} could not be written ({str(e).splitlines()[0]}); the checkpoints before it are whole: free disk space, "
-                          f"then --resume {out}") from None
+    try:
+        with ranks.together():
+            digests = write_files(temporary, step, ranks, model, optimizer, record, state, tokenizer)
+    except (OSError, ValueError) as e:                      # on rank 0
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} could not be written ({e}); the checkpoints before it are whole: free disk space, then --resume {out}") from None
     digests = ranks.gather(digests)
     with ranks.together():
         if ranks.rank == 0:
@@ -402,6 +390,24 @@ def save_checkpoint(out, step, ranks, model, optimizer, record, state, tokenizer
             os.rename(temporary, final)
             sync(out)
     return final
+
+
+def write_files(folder, step, ranks, model, optimizer, record, state, tokenizer):
+    """Write this rank's files of a checkpoint and sync them to disk; return {file: sha256}. Raises OSError."""
+    written = [f"optim/rank-{ranks.rank:05d}.pt"]
+    try:
+        torch.save(optimizer.state_dict(), folder / written[0])
+        if ranks.rank == 0:
+            torch.save(model.state_dict(), folder / "model.pt")
+            texts = {"config.json": json.dumps({**record, "step": step}, indent=1).encode(), "state.json": json.dumps(state).encode(), **tokenizer.files()}
+            for name, content in texts.items():
+                (folder / name).write_bytes(content)
+            written += ["model.pt", *texts]
+        for name in written:
+            sync(folder / name)
+        return {name: sha256_of(folder / name) for name in written}
+    except RuntimeError as e:                               # what torch.save raises when the disk is full
+        raise OSError(str(e).splitlines()[0]) from None
 
 
 def write_manifest(path, files):
@@ -572,7 +578,7 @@ def main(argv=None):
 
     with ranks.together():
         # config
-        config, rows = resolve_config(given)
+        config, rows = resolve_config(given, ranks.restarted)
         model_config, out = config.model_config(), Path(config.out)
         if ranks.world_size > config.n_micro:
             raise ValueError(f"a step's {config.n_micro} micro-batches (--total-batch-tokens {config.total_batch_tokens} / --sequence-len "

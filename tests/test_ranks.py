@@ -44,7 +44,7 @@ def start_ranks(world, argv, folder, prepare=lambda rank: None):
         os.dup2(out, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False, buffering=1), open(2, "w", closefd=False, buffering=1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sys.argv = ["train.py"]
+        sys.argv, flags.BEAT = ["train.py"], 0.3
         torch.set_num_threads(1)
         prepare(rank)
         flags.run(lambda: train.main([str(a) for a in argv]))
@@ -160,3 +160,139 @@ def test_the_layout_of_3b_on_12_ranks_covers_balances_and_saves_memory():
     assert sum(state) == pytest.approx(15.8e9, rel=0.01)        # bytes on one rank: 4 a matrix element, 8 for the rest
     assert max(state) < 1.7e9                                   # 1.32e9 were it even: a head of 0.54e9 is not divided
     assert train.memory_estimate(PRESETS["3b"], config, 12)["optimizer_state"] == max(state)
+
+
+# -- faults -------------------------------------------------------------------------------------------------------
+
+def test_sigterm_at_one_rank_stops_all_at_the_same_step_with_a_checkpoint(data, one_rank, tmp_path):
+    def late(rank):
+        step = MuonAdamW.step
+
+        def terminated(self):
+            step(self)
+            if rank == 1 and self.state and next(iter(self.state.values()))["step"] == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+        MuonAdamW.step = terminated
+    codes, output = run_ranks(2, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, late)
+    assert codes == [0, 0] and "stopped at step 6; go on with --resume" in output[0], output      # told at the end of the next step
+    codes, output = run_ranks(2, ["--resume", tmp_path / "run"], tmp_path)
+    assert codes == [0, 0], output
+    ours, expected = weights(tmp_path / "run" / "step-00020"), weights(one_rank / "step-00020")
+    assert max((ours[name] - expected[name]).abs().max().item() for name in expected) < 1e-10
+
+
+@pytest.mark.parametrize("what, message", [
+    ("loss", "the loss of stage 2 is not finite (nan) on rank 1 at step 11: stopped before the update; the last checkpoint, step-00010, is untouched"),
+    ("gradient", "the gradient of stage 1 is not finite (inf) on rank 1 at step 11"),
+    ("weights", "ranks 0 and 1 hold different weights at step 20, first in blocks.0.attn.c_q.weight: nothing was saved"),
+    ("data", "rank 1: error: source prose holds token 65535"),
+])
+def test_what_goes_wrong_on_one_rank_stops_all_and_is_named(what, message, data, tmp_path):
+    def spoil(rank):
+        if rank != 1:
+            return
+        step, backward, calls = MuonAdamW.step, PoE.backward_by_stage, []
+
+        def spoiled_backward(self, idx, targets, scale, last):
+            for k, loss in backward(self, idx, targets, scale, last):
+                if len(calls) == 11 and what == "loss" and k == 2:
+                    loss = loss * float("nan")
+                if len(calls) == 11 and what == "gradient" and k == 1:
+                    self.blocks[2].mlp.c_fc.weight.grad[3, 4] = float("inf")
+                yield k, loss
+            calls.append(None) if last else None
+
+        def spoiled_step(self):
+            step(self)
+            if len(calls) == 20 and what == "weights":      # after the last broadcast, which would mend it
+                self.params["blocks.0.attn.c_q.weight"].data[0, 0] += 1e-9
+        PoE.backward_by_stage, MuonAdamW.step = spoiled_backward, spoiled_step
+        if what == "data":
+            from dataloader import Source
+            window = Source.window
+            Source.window = lambda self, w, T: window(self, w, T) * 0 + 65535 if self.name == "prose" and len(calls) > 3 else window(self, w, T)
+    argv = [*TWENTY, "--data", data, "--out", tmp_path / "run"]
+    start = time.time()
+    codes, output = run_ranks(2, argv, tmp_path, spoil)
+    lines = [line for text in output for line in text.splitlines() if "error" in line]
+    assert message in "\n".join(lines), output
+    if what == "data":                          # the other rank finds out by itself
+        assert codes == [1, 2] and "rank 1 on" in output[0] and "died" in output[0], output
+    else:
+        assert codes == [2, 2] and len(lines) == 1, (codes, lines)
+        verify_checkpoint(tmp_path / "run" / "step-00010")
+        assert not (tmp_path / "run" / "step-00020").exists()
+    assert time.time() - start < 50
+
+
+def test_a_dead_rank_is_named_by_the_others_which_end(data, tmp_path):
+    def kill(rank):
+        step, calls = MuonAdamW.step, []
+        MuonAdamW.step = lambda self: (calls.append(None), os.kill(os.getpid(), signal.SIGKILL) if rank == 1 and len(calls) == 4 else None, step(self))
+    start = time.time()
+    codes, output = run_ranks(3, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, kill)
+    assert codes == [1, -signal.SIGKILL, 1] and time.time() - start < 50
+    for rank in (0, 2):
+        error = [line for line in output[rank].splitlines() if "error" in line]
+        assert len(error) == 1 and re.search(r"rank 1 on \S+ (died|has not been heard of)", error[0]), output[rank]
+
+
+def test_a_silent_rank_ends_those_that_wait_for_it(data, tmp_path):
+    def stall(rank):
+        flags.SILENCE = 4.0
+        step = MuonAdamW.step
+        MuonAdamW.step = lambda self: os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else step(self)     # alive, but it will never answer
+    processes = start_ranks(2, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, stall)
+    processes[0].join(40)
+    processes[1].kill()
+    assert processes[0].exitcode == 1
+    assert re.search(r"rank 1 on \S+ has not been heard of for 4 s", (tmp_path / "0.out").read_text())
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--device-batch-size", "4"], "1 micro-batches (--total-batch-tokens 64 / --sequence-len 16 / --device-batch-size 4) leave some of 2 ranks without work"),
+    (["--n-head", "5"], "n_embd = 12 must be an even multiple of n_head = 5"),
+    (["--eval-tokens", "99999999"], "99,999,999 validation tokens were asked for"),
+    (["--vocab-size", "x"], "argument --vocab-size: invalid int value: 'x'"),
+])
+def test_bad_input_is_told_once_and_by_rank_0(argv, message, data, tmp_path):
+    codes, output = run_ranks(2, [*SMALL, "--data", data, "--out", tmp_path / "run", *argv], tmp_path)
+    assert codes == [2, 2] and message in output[0] and len(output[0].splitlines()) == 1 and not output[1], output
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_disk_that_is_full_for_one_rank_keeps_the_checkpoint_before(data, tmp_path):
+    def full(rank):
+        save = torch.save
+
+        def full_save(value, path):
+            if rank == 1 and "step-00020" in str(path):
+                raise OSError(28, "No space left on device")
+            save(value, path)
+        torch.save = full_save
+    codes, output = run_ranks(2, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, full)
+    error = [line for text in output for line in text.splitlines() if "error" in line]
+    assert codes == [2, 2] and len(error) == 1 and "step-00020 could not be written ([Errno 28] No space left on device (rank 1 on " in error[0]
+    verify_checkpoint(tmp_path / "run" / "step-00010")
+    assert [path.name for path in checkpoint_steps(tmp_path / "run")] == ["step-00010"]
+
+
+def test_two_torchrun_nodes_restart_by_themselves_after_a_kill_and_end_as_one_rank_does(data, one_rank, tmp_path):
+    run, port = tmp_path / "run", unused_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "2", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "7", ROOT / "train.py", *TWENTY, "--num-steps", "60", "--save-every", "4",
+               "--data", data, "--out", run]
+    files = [open(tmp_path / f"node-{node}.out", "w+") for node in range(2)]
+    agents = [subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for f in files]
+    end = time.time() + 90
+    while not checkpoint_steps(run) and time.time() < end:
+        time.sleep(0.05)
+    killed = int(subprocess.run(["pgrep", "-P", str(agents[1].pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()[0])
+    os.kill(killed, signal.SIGKILL)
+    codes = [agent.wait(timeout=90) for agent in agents]
+    output = [(f.seek(0), f.read())[1] for f in files]
+    assert codes == [0, 0], output
+    assert sum("resuming " in text for text in output) == 1, output                 # the restarted rank 0 says so
+    train.main([*TWENTY, "--num-steps", "60", "--save-every", "-1", "--data", str(data), "--out", str(tmp_path / "one")])
+    ours, expected = (weights(path / "step-00060") for path in (run, tmp_path / "one"))
+    assert max((ours[name] - expected[name]).abs().max().item() for name in expected) < 1e-9    # rounding grows with the steps
