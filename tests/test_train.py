@@ -4,6 +4,8 @@ train.py: exact resume, accumulation, checkpoints that are whole or absent, and 
 Run: python -m pytest tests/test_train.py
 """
 import json
+import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,8 @@ import torch
 import sample
 import train
 from conftest import ROOT, SMALL
-from model import PRESETS, PoE, checkpoint_steps, load_checkpoint, verify_checkpoint
+from dataloader import Mix, Tokenizer, open_data
+from model import PRESETS, ModelConfig, PoE, checkpoint_steps, load_checkpoint, verify_checkpoint
 from muon import MuonAdamW
 from test_model import make, naive_losses, tokens
 
@@ -328,3 +332,260 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(data, trained, tmp_p
     assert "step-00008 could not be written" in done.stderr and "--resume" in done.stderr
     verify_checkpoint(run / "step-00006")
     assert checkpoint_steps(run)[-1].name == "step-00006" and not list(run.glob(".tmp*"))
+
+
+# -- killed at any file operation of a save ------------------------------------------------------------------------
+
+OPERATIONS = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "link"), (torch, "save"), (Path, "write_bytes"), (Path, "write_text"),
+              (shutil, "rmtree")]
+
+
+def killed_at(argv, number):
+    """Fork a run of train.main(argv) that kills itself before its `number`-th file operation; return whether it came to that."""
+    def child():
+        count = [0]
+
+        def counted(operation):
+            def call(*args, **kwargs):
+                count[0] += 1
+                if count[0] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return operation(*args, **kwargs)
+            return call
+        for owner, name in OPERATIONS:
+            setattr(owner, name, counted(getattr(owner, name)))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        train.main(argv)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_a_run_killed_at_any_file_operation_ends_bit_identical(trained, tmp_path):
+    argv = ["--continue-from", str(trained / "step-00006"), *CONTINUAL, "--num-steps", "1", "--warmup-steps", "0"]
+    whole, number = tmp_path / "whole", 0
+    train.main([*argv, "--out", str(whole)])
+    while True:                                                             # the seed is put in place, then a save
+        run, number = tmp_path / str(number), number + 1
+        if not killed_at([*argv, "--out", str(run)], number):
+            break
+        for path in checkpoint_steps(run):
+            verify_checkpoint(path)                                         # whole or absent
+        train.main(["--resume", str(run)] if (run / "config.json").exists() else [*argv, "--out", str(run)])
+        assert same(weights(run / "step-00007"), weights(whole / "step-00007")), number
+        assert [line["losses"] for line in log_lines(run)] == [line["losses"] for line in log_lines(whole)], number
+        shutil.rmtree(run)
+    assert number > 25, "a seed and a save are that many operations"
+
+
+# -- phases: the continual run ------------------------------------------------------------------------------------
+
+CONTINUAL = ["--num-steps", "8", "--warmup-steps", "2", "--peak-lrm", "0.5", "--warmdown-ratio", "0.5", "--final-lrm", "0", "--save-every", "4",
+             "--weight-decay", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def continued(trained, tmp_path_factory):
+    """The run of `trained` re-armed at step 6 with a second phase of eight steps. Read only."""
+    out = tmp_path_factory.mktemp("continued") / "run"
+    train.main(["--continue-from", str(trained / "step-00006"), "--out", str(out), *CONTINUAL])
+    return out
+
+
+def test_a_continued_run_begins_with_its_seed_and_records_both_phases(trained, continued):
+    assert [path.name for path in checkpoint_steps(continued)] == ["step-00006", "step-00008", "step-00012", "step-00014"]
+    assert os.stat(continued / "step-00006" / "model.pt").st_ino == os.stat(trained / "step-00006" / "model.pt").st_ino      # a hard link
+    rows = json.loads((continued / "config.json").read_text())["phases"]
+    assert [(row["anchor_step"], row["anchor_sample"], row["num_steps"], row["peak_lrm"], row["batch"]) for row in rows] == [
+        (0, 0, 6, 1.0, 4), (6, 24, 8, 0.5, 4)]
+    assert rows == json.loads((continued / "step-00012" / "config.json").read_text())["phases"]
+    lrm = [0.25, 0.5, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125]        # rel 0..7: two of warmup, peak to rel 4, then w = 4 down to 0 at rel 8
+    assert [line["lrm"] for line in log_lines(continued)] == pytest.approx(lrm)
+    assert [line["step"] for line in log_lines(continued)] == list(range(6, 14))
+    validations = [line["step"] for line in log_lines(continued, "val")]
+    assert validations == [6, 7, 8, 10, 12, 14]                 # rel 0, 1, 2, 4, 8, and the saves at 8, 12, 14
+    assert log_lines(continued, "val")[0]["bpb"] == log_lines(trained, "val")[-1]["bpb"]
+
+
+def test_the_first_step_of_a_phase_is_what_its_parts_say(trained, continued, data):
+    """Twin: weights and optimizer state of step 6, samples 24 to 27, the new phase's rate, decay and momentum, one step by hand."""
+    record = json.loads((trained / "step-00006" / "config.json").read_text())
+    with torch.device("cpu"):
+        model = PoE(ModelConfig(**record["model"]), torch.float64).double()
+    model.load_state_dict(weights(trained / "step-00006"))
+    groups = train.optimizer_groups(model, train.TrainConfig(**{**record["train"], "weight_decay": 0.1}))
+    optimizer = MuonAdamW(groups)
+    optimizer.load_state_dict(torch.load(trained / "step-00006" / "optim" / "rank-00000.pt", weights_only=True))
+    idx, targets = open_data(str(data), 300).train(16, 0).batch(range(24, 28))
+    for half in range(2):
+        for _ in model.backward_by_stage(idx[2 * half:2 * half + 2], targets[2 * half:2 * half + 2], 1 / 64, last=half == 1):
+            pass
+    for group in groups:
+        group["lr"] *= 0.25                                     # rel 0 of two warmup steps to 0.5
+        if group["kind"] == "muon":
+            group["momentum"] = 0.85 + 0.12 * 6 / 400           # the ramp goes on: step 6 of the run
+    optimizer.step()
+    state = json.loads((continued / "step-00008" / "state.json").read_text())
+    assert state["sample"] == 32
+    step_7 = weights(checkpoint_after(continued, 7, data))
+    assert same(dict(model.named_parameters()), step_7)
+
+
+def checkpoint_after(run, step, data):
+    """Weights of a run at a step that it did not save: its seed, trained again and stopped there."""
+    record = json.loads((run / "config.json").read_text())
+    out = run.parent / f"until-{step}"
+    train.main(["--continue-from", str(run / "step-00006"), "--out", str(out), *CONTINUAL, "--save-every", "1"])
+    assert record["phases"] == json.loads((out / "config.json").read_text())["phases"]
+    return out / f"step-{step:05d}"
+
+
+def test_a_reset_optimizer_starts_from_zero_state_and_ramps_momentum_again(trained, tmp_path, monkeypatch):
+    seen, step = [], MuonAdamW.step
+    monkeypatch.setattr(MuonAdamW, "step", lambda self: (
+        seen.append((self.groups[0]["momentum"], {s["step"] for s in self.state.values()}, max(s["momentum_buffer"].abs().max().item()
+                     for s in self.state.values() if "momentum_buffer" in s))), step(self)))
+    argv = ["--continue-from", str(trained / "step-00006"), "--out", str(tmp_path / "reset"), *CONTINUAL, "--reset-optimizer"]
+    train.main(argv)
+    assert [momentum for momentum, _, _ in seen[:3]] == pytest.approx([0.85, 0.85 + 0.12 / 400, 0.85 + 0.24 / 400])
+    assert seen[0][1] == {0} and seen[0][2] == 0
+    shutil.copytree(tmp_path / "reset", tmp_path / "again")
+    for name in ("step-00008", "step-00012", "step-00014"):
+        shutil.rmtree(tmp_path / "again" / name)
+    train.main(["--resume", str(tmp_path / "again")])           # from the seed, whose own optimizer state must stay out of it
+    assert same(weights(tmp_path / "again" / "step-00014"), weights(tmp_path / "reset" / "step-00014"))
+    assert seen[8] == seen[0] and seen[9][0] == seen[1][0]
+
+
+def test_a_continued_run_may_stop_and_resume_and_be_continued_again(trained, continued, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(continued, run)
+    shutil.rmtree(run / "step-00012")
+    shutil.rmtree(run / "step-00014")
+    train.main(["--resume", str(run)])
+    assert same(weights(run / "step-00014"), weights(continued / "step-00014"))
+    train.main(["--continue-from", str(run / "step-00014"), "--out", str(tmp_path / "third"), "--num-steps", "4"])
+    rows = json.loads((tmp_path / "third" / "config.json").read_text())["phases"]
+    assert [(row["anchor_step"], row["anchor_sample"]) for row in rows] == [(0, 0), (6, 24), (14, 56)]
+    assert json.loads((tmp_path / "third" / "step-00018" / "state.json").read_text())["sample"] == 72
+
+
+def test_other_data_is_read_from_its_beginning_and_both_validation_slices_are_reported(trained, data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["sources"][0]["weight"] = 20
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    seen, batch = [], Mix.batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mix, "batch", lambda self, indices: (seen.append((int(indices[0]), self.seed)), batch(self, indices))[1])
+        train.main(["--continue-from", str(trained / "step-00006"), "--out", str(tmp_path / "b"), *CONTINUAL, "--data", str(other)])
+    assert min(i for i, seed in seen if seed == 0) == 0
+    new, old = log_lines(tmp_path / "b", "val"), log_lines(tmp_path / "b", "val_old")
+    assert [line["step"] for line in new] == [line["step"] for line in old] and new[0]["mix"] == str(other) and old[0]["mix"] == str(data)
+    assert old[0]["bpb"] == log_lines(trained, "val")[-1]["bpb"] != new[0]["bpb"]
+    train.main(["--continue-from", str(tmp_path / "b" / "step-00014"), "--out", str(tmp_path / "c"), *CONTINUAL, "--data", str(data)])
+    rows = json.loads((tmp_path / "c" / "config.json").read_text())["phases"]
+    assert train.samples_of_earlier_phases(rows) == 24                      # back on the first data: where its stream was left
+
+
+def test_the_cards_two_phases_through_the_loop_log_its_rates(data, tmp_path):
+    """All steps a hundredth of the card's. SPEC 4: lrm 0.5 at 86,000, 0.478 at 108,000, 0.442 at 110,000, 0 at 134,723; 0.05 at 83,923."""
+    argv = [*SMALL, "--n-embd", "4", "--n-head", "1", "--n-layer", "2", "--stage-layers", "1,1", "--mlp-hidden", "2", "--total-batch-tokens", "16",
+            "--device-batch-size", "1", "--eval-tokens", "16", "--save-every", "-1", "--dtype", "float32", "--data", str(data)]
+    train.main([*argv, "--out", str(tmp_path / "a"), "--num-steps", "839", "--warmup-steps", "10", "--warmdown-ratio", "0.65", "--final-lrm", "0.05"])
+    train.main(["--continue-from", str(tmp_path / "a" / "step-00839"), "--out", str(tmp_path / "b"), "--num-steps", "508", "--warmup-steps", "10",
+                "--peak-lrm", "0.5", "--warmdown-ratio", "0.55", "--final-lrm", "0.0"])
+    first, second = ({line["step"]: line["lrm"] for line in log_lines(tmp_path / run)} for run in "ab")
+    assert first[10] == first[839 - 545] == 1.0 > first[839 - 544]          # w = round(0.65 x 839) = 545, the last step at peak N - w
+    assert first[838] == pytest.approx(0.05 + 0.95 / 545)
+
+    def at(rel):                                                            # a step of the card, between two of these
+        below = math.floor(rel / 100)
+        return second[839 + below] + (rel / 100 - below) * (second[839 + below + 1] - second[839 + below])
+    assert second[839 + 9] == at(2077) == at(22_860) == 0.5 and second[839 + 230] < 0.5
+    assert at(24_077) == pytest.approx(0.478, abs=1e-3) and at(26_077) == pytest.approx(0.442, abs=1e-3)      # w is a whole number
+    assert second[839 + 507] == pytest.approx(0.5 / 279)
+    assert max(second) == 1346 and checkpoint_steps(tmp_path / "b")[-1].name == "step-01347"
+
+
+def test_only_the_newest_saves_and_the_ends_of_phases_keep_their_optimizer_state(continued, data, tmp_path):
+    run = tmp_path / "run"
+    train.main(["--continue-from", str(continued / "step-00014"), "--out", str(run), *CONTINUAL, "--save-every", "1", "--keep-optim", "1"])
+    kept = [path.name for path in checkpoint_steps(run) if (path / "optim").exists()]
+    assert kept == ["step-00014", "step-00022"] and len(checkpoint_steps(run)) == 9
+    for path in checkpoint_steps(run):
+        verify_checkpoint(path)
+        load_checkpoint(path)
+    assert (continued / "step-00014" / "optim" / "rank-00000.pt").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--continue-from", "{run}"], "is a run: name one of its checkpoints, such as {run}/step-00006"),
+    (["--continue-from", "{run}/step-00009"], "is not a checkpoint: give a RUN/step-XXXXX"),
+    (["--continue-from", "{run}/step-00006", "--out", "{run}"], "already holds a run"),
+    (["--continue-from", "{run}/step-00006", "--n-layer", "4"], "--n-layer cannot be given with --continue-from"),
+    (["--continue-from", "{run}/step-00006", "--preset", "tiny"], "--preset cannot be given with --continue-from"),
+    (["--continue-from", "{run}/step-00006", "--resume", "{run}"], "give one of them"),
+    (["--reset-optimizer", "--out", "{run}x"], "--reset-optimizer needs --continue-from"),
+    (["--continue-from", "{run}/step-00006", "--keep-optim", "0"], "--keep-optim 0 must be at least 1"),
+    (["--continue-from", "{run}/step-00006", "--total-batch-tokens", "80", "--device-batch-size", "2"], "--device-batch-size 2 does not divide"),
+])
+def test_a_wrong_continuation_is_refused_and_writes_nothing(argv, message, trained, tmp_path, refused):
+    argv = [a.format(run=trained) for a in argv]
+    if "--out" not in argv and "--resume" not in argv:
+        argv += ["--out", str(tmp_path / "b")]
+    before = sorted(str(p) for p in trained.rglob("*"))
+    assert message.format(run=trained) in refused(train.main, *argv)
+    assert not (tmp_path / "b" / "config.json").exists() and sorted(str(p) for p in trained.rglob("*")) == before
+
+
+def test_a_checkpoint_that_is_damaged_pruned_or_of_another_tokenizer_is_not_continued(trained, data, tmp_path, refused, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    argv = ["--continue-from", str(run / "step-00006"), "--out", str(tmp_path / "b"), *CONTINUAL]
+    (run / "step-00006" / "optim" / "rank-00000.pt").rename(tmp_path / "kept.pt")
+    assert "rank-00000.pt is missing" in refused(train.main, *argv)
+    train.write_manifest(run / "step-00006", {name: sha256 for name, sha256 in json.loads((run / "step-00006" / "manifest.json").read_text())["files"].items()
+                                              if not name.startswith("optim/")})
+    assert "holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer" in refused(train.main, *argv)
+    train.main([*argv, "--reset-optimizer"])
+    tokenizer = (data / "tokenizer.txt").read_text().splitlines()
+    tokenizer[-1] = tokenizer[-1].replace(tokenizer[-1].split()[0], "enp6cXo=")       # another last merge
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "tokenizer.txt").write_text("\n".join(tokenizer) + "\n")
+    sha256 = Tokenizer.load(other).sha256
+    for shard in other.glob("*.bin"):
+        content = bytearray(shard.read_bytes())
+        content[32:96] = sha256.encode()
+        shard.write_bytes(content)
+    line = refused(train.main, "--continue-from", trained / "step-00006", "--out", tmp_path / "d", *CONTINUAL, "--data", other)
+    assert "was tokenised with another tokenizer than" in line and not (tmp_path / "d" / "config.json").exists()
+
+
+def test_continuing_an_unfinished_phase_is_allowed_and_said(trained, tmp_path, capsys):
+    train.main(["--continue-from", str(trained / "step-00003"), "--out", str(tmp_path / "b"), *CONTINUAL])
+    assert "phase 1 was to end at step 6; phase 2 begins at step 3" in capsys.readouterr().out
+    assert checkpoint_steps(tmp_path / "b")[-1].name == "step-00011"
+
+
+def test_resuming_on_other_data_is_refused(trained, data, tmp_path, refused):
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(trained, run)
+    shutil.copytree(data, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["sources"][0]["weight"] = 20
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert "is not the data that" in refused(train.main, "--resume", run, "--data", other)
+
+
+def test_the_same_command_goes_on_when_torchrun_restarts_it(trained, data, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "step-00006")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main([*SMALL, "--data", str(data), "--out", str(run)])
+    assert "resuming" in capsys.readouterr().out and same(weights(run / "step-00006"), weights(trained / "step-00006"))
