@@ -506,7 +506,7 @@ def test_the_cards_two_phases_through_the_loop_log_its_rates(data, tmp_path):
         below = math.floor(rel / 100)
         return second[839 + below] + (rel / 100 - below) * (second[839 + below + 1] - second[839 + below])
     assert second[839 + 9] == at(2077) == at(22_860) == 0.5 and second[839 + 230] < 0.5
-    assert at(24_077) == pytest.approx(0.478, abs=1e-3) and at(26_077) == pytest.approx(0.442, abs=1e-3)      # w is a whole number
+    assert at(24_077) == pytest.approx(0.478, abs=1.5e-3) and at(26_077) == pytest.approx(0.442, abs=1.5e-3)      # w is a whole number
     assert second[839 + 507] == pytest.approx(0.5 / 279)
     assert max(second) == 1346 and checkpoint_steps(tmp_path / "b")[-1].name == "step-01347"
 
