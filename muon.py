@@ -11,8 +11,8 @@ rank. Muon's matrices are dealt out by Newton-Schulz FLOPs and AdamW's parameter
 and no divisibility rule. Ranks add up: the gradients that a rank brings are its share of the whole batch's. A step is
 
     1. reduce      each gradient is summed onto its owner (`start_reduce` may have begun earlier, stage by stage)
-    2. update      each rank updates what it owns, in the order of the model, so that late gradients are waited for last
-    3. send back   the owner broadcasts the new weights, while the next ones are updated
+    2. update      each rank updates what it owns, unit by unit (`units_of`), and waits only for the gradients of the next
+    3. send back   the owner broadcasts a unit's new weights while it updates the next
 
 All ranks issue the same collectives in the same order. World size 1 is the same path without them. A parameter without a
 gradient is an error on every rank: skipping it on some would hang the others. Not here: parameter names and their groups,
@@ -40,12 +40,13 @@ def orthogonalize(G):
     """
     X = G.bfloat16() if G.is_cuda else G
     tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X                                                 # iterate on the smaller Gram matrix
+    X = (X.mT if tall else X).reshape(-1, *sorted(X.shape[-2:]))            # (B, m, n), m <= n: iterate on the smaller Gram matrix
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        A = X @ X.mT                                                        # (..., m, m)
-        X = a * X + (b * A + c * (A @ A)) @ X
-    return (X.mT if tall else X).to(G.dtype)
+        A = X @ X.mT                                                        # (B, m, m)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)                         # b A + c A^2, without a pass of its own over A
+        X = torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
 def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay):
@@ -85,12 +86,16 @@ def assign_owners(groups, world_size):
 
 
 def units_of(rank, groups, owner):
-    """What `rank` updates, in order: [(group, names)]. A unit of Muon is a stack of matrices of one shape, one of AdamW a parameter."""
-    units = []
+    """What `rank` updates, in order: [(group, names)]. A unit of Muon is a stack of matrices of one shape, one of AdamW a parameter.
+
+    AdamW's units, which are much to send and little to compute, stand in the middle of Muon's: the last gradients, those of the heads,
+    have time to arrive, and the weights' way back has work to hide behind.
+    """
+    units, adamw = [], []
     for group in groups:
         owned = {name: p for name, p in group["params"].items() if owner[name] == rank}
         if group["kind"] == "adamw":
-            units += [(group, [name]) for name in owned]
+            adamw += [(group, [name]) for name in owned]
             continue
         open_stacks = {}                                                    # shape -> the unit of that shape that has room
         for name, p in owned.items():
@@ -99,7 +104,8 @@ def units_of(rank, groups, owner):
                 names = open_stacks[p.shape] = []
                 units.append((group, names))
             names.append(name)
-    return units
+    middle = len(units) // 2
+    return units[:middle] + adamw + units[middle:]
 
 
 class MuonAdamW:

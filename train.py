@@ -164,7 +164,8 @@ class TrainConfig:
         return ModelConfig(stage_layers=stages, **{f.name: getattr(self, f.name) for f in fields(ModelConfig) if f.name != "stage_layers"})
 
 
-SHAPE_FLAGS = ("preset", "seed", "objective", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden", "stage_layers", "sequence_len", "vocab_size")
+SHAPE_FLAGS = ("preset", "seed", "objective", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden", "stage_layers", "sequence_len",
+               "vocab_size")
 
 
 def resolve_config(given, restarted=False):
@@ -192,7 +193,8 @@ def resolve_config(given, restarted=False):
             raise FileNotFoundError(f"--resume {out}: no run there (no config.json); start one with --out {out}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{out / 'config.json'} is not readable: {e!r}") from None
-        refuse(given, (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer"), f"--resume: the run in {out} has its own; leave it out or start another --out")
+        refuse(given, (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer"),
+               f"--resume: the run in {out} has its own; leave it out or start another --out")
         if Path(given.get("out") or out) != out:
             raise ValueError(f"--out {given['out']} and --resume {out} name two runs; leave --out out")
         return recorded_config(out, {**recorded, **given, "resume": str(resume), "out": str(out)}), check_phases(out, phases)
@@ -264,7 +266,8 @@ def check_phases(path, rows):
 
 def samples_of_earlier_phases(rows):
     """Samples that the phases before the last took from the last one's mix: its stream goes on there. Another mix begins its own."""
-    return sum(after["anchor_sample"] - row["anchor_sample"] for row, after in zip(rows, rows[1:]) if row.get("mix_sha256") == rows[-1]["mix_sha256"])
+    return sum(after["anchor_sample"] - row["anchor_sample"] for row, after in zip(rows, rows[1:])
+               if row.get("mix_sha256") == rows[-1]["mix_sha256"])
 
 
 def dense_step(rows, step):
@@ -428,13 +431,10 @@ def drop_optimizer_state(out, keep, phase_ends):
             shutil.rmtree(path / "optim")
 
 
-def place_seed(parent, out):
-    """Put a checkpoint into the new run `out` as its first: hard links where the file system has them, else a copy."""
+def place_seed(parent, files, out):
+    """Put the files of a checkpoint into the new run `out` as its first: hard links where the file system has them, else copies."""
     final, temporary = out / parent.name, out / f".tmp-{parent.name}"
-    if final.exists():
-        return
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name in [*verify_checkpoint(parent), "manifest.json"]:
+    for name in [*files, "manifest.json"]:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(parent / name, temporary / name)
@@ -534,8 +534,9 @@ def check_finite(step, gathered, saved):
         for what, numbers in zip(("loss", "gradient"), values):
             for stage, number in enumerate(numbers):
                 if not math.isfinite(number):
-                    raise ValueError(f"the {what} of stage {stage} is not finite ({number}) on rank {rank} at step {step}: stopped before the update; the "
-                                     f"last checkpoint, {'none yet' if saved is None else f'step-{saved:05d}'}, is untouched; lower the rates and --resume")
+                    raise ValueError(f"the {what} of stage {stage} is not finite ({number}) on rank {rank} at step {step}: stopped before the update; "
+                                     f"the last checkpoint, {'none yet' if saved is None else f'step-{saved:05d}'}, is untouched; lower the rates "
+                                     f"and --resume")
 
 
 def open_log(path, step):
@@ -586,7 +587,7 @@ def main(argv=None):
                              f"work; lower --device-batch-size or start fewer ranks")
         device, dtype = choose_device(ranks.device_name(config.device), config.dtype)
         on_cuda = device.type == "cuda"
-        if on_cuda:
+        if device.index is not None:
             torch.cuda.set_device(device)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
@@ -598,8 +599,8 @@ def main(argv=None):
         rows[-1] = phase_row(config, rows[-1], data)
         phases = [phase_of(row) for row in rows]
         if mix_sha256 not in (None, data.sha256):
-            raise ValueError(f"{data.path or 'the embedded sample'} is not the data that {out} was trained on; give that with --data, or begin a phase "
-                             f"on other data with --continue-from")
+            raise ValueError(f"{data.path or 'the embedded sample'} is not the data that {out} was trained on; give that with --data, or "
+                             f"begin a phase on other data with --continue-from")
         slices = validation_slices(data, rows, config)
         _, val_mix, n_val_windows = slices[0]
         train_mix = data.train(config.sequence_len, config.seed)
@@ -624,15 +625,16 @@ def main(argv=None):
             if config.continue_from and (not config.resume or not checkpoint_steps(out)):
                 if read_record(parent)["tokenizer"]["sha256"] != tokenizer.sha256:
                     raise ValueError(f"{data.path or 'the embedded sample'} was tokenised with another tokenizer than {parent} was trained with")
-                if not ("optim/rank-00000.pt" in verify_checkpoint(parent) or config.reset_optimizer):
+                seed_files = verify_checkpoint(parent)
+                if "optim/rank-00000.pt" not in seed_files and not config.reset_optimizer:
                     raise ValueError(f"{parent} holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer")
             out.mkdir(parents=True, exist_ok=True)
             locked = lock(out)
             for leftover in out.glob(".tmp-step-*"):
                 shutil.rmtree(leftover)
-            write_json(out / "config.json", record)
             if config.continue_from and not checkpoint_steps(out):
-                place_seed(parent, out)
+                write_json(out / "config.json", record)                     # first: a run that is killed here places its seed on --resume
+                place_seed(parent, seed_files, out)
 
     # where the run stands
     step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk
@@ -653,6 +655,7 @@ def main(argv=None):
 
     # log
     if main_rank:
+        write_json(out / "config.json", record)
         log_file, validated = open_log(out / "log.jsonl", step)
     validated = ranks.gather(validated if main_rank else None)[0]
 
@@ -700,8 +703,9 @@ def main(argv=None):
             if (save_due or stopping) and step != saved:
                 say(f"saved {save_checkpoint(out, step, ranks, model, optimizer, record, {**state, 'step': step}, tokenizer)}")
                 saved = step
-                if main_rank:
-                    drop_optimizer_state(out, config.keep_optim, {row["anchor_step"] for row in rows} | {end})
+                with ranks.together():
+                    if main_rank:
+                        drop_optimizer_state(out, config.keep_optim, {row["anchor_step"] for row in rows} | {end})
             if last or stopping:
                 break
 

@@ -589,3 +589,11 @@ def test_the_same_command_goes_on_when_torchrun_restarts_it(trained, data, tmp_p
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main([*SMALL, "--data", str(data), "--out", str(run)])
     assert "resuming" in capsys.readouterr().out and same(weights(run / "step-00006"), weights(trained / "step-00006"))
+
+
+def test_a_refused_resume_leaves_the_recorded_config_as_it_was(trained, tmp_path, refused):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = (run / "config.json").read_bytes(), (run / "log.jsonl").read_bytes()
+    assert "is past the run's end, step 4; raise --num-steps" in refused(train.main, "--resume", run, "--num-steps", "4", "--warmup-steps", "1")
+    assert ((run / "config.json").read_bytes(), (run / "log.jsonl").read_bytes()) == before
