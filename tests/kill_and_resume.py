@@ -1,7 +1,7 @@
 """
 Kill a training run again and again with SIGKILL, resume it each time, and compare the end with a run that was never killed, bit by bit.
 
-    python tests/kill_and_resume.py                  # 40 kills, about five minutes on two cores
+    python tests/kill_and_resume.py                  # 40 kills; ten of them take three minutes on two cores
     python tests/kill_and_resume.py --kills 5 --seed 1
 
 Half of the kills come at a random moment of a process's life, from its first instant on; half while a save is being written, so that
