@@ -60,7 +60,7 @@ except ImportError:
         zstd = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))             # the modules of the repository's root, one folder up
-from dataloader import HERE, PIECE, Tokenizer, clean_text, cut_text, is_validation, open_data, open_shard, write_shard
+from dataloader import HERE, PIECE, SPLIT_PATTERN, Tokenizer, clean_text, cut_text, is_validation, open_data, open_shard, write_shard
 from flags import flag, parse_flags, run
 
 BLOCK = 1 << 20                     # bytes, or characters, read or given to a worker at a time
@@ -70,8 +70,6 @@ SHARD_TOKENS = 1 << 25              # 2 bytes each
 SAMPLE_BYTES = 140_000_000          # of text that a tokenizer is trained on
 RETRIES = 8                         # failures in a row without a byte gained before a file is given up
 BACKOFF, TIMEOUT = 1.0, 30.0        # seconds before the first retry, doubling up to a minute; seconds of silence that end a connection
-SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-                 r"|\s*[\r\n]|\s+(?!\S)|\s+")                               # GPT-4's, with digits in groups of at most two
 
 
 # ---------------------------------------------------------------------------------------------------------------
