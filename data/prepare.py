@@ -14,14 +14,14 @@ source web are those in RAW/web/, those called RAW/web.*, or what --source web=P
 .json); .txt, one document a file; all with .gz, .xz or .zst too. The text of a record is its field "text", or the one that the mix
 file names; "chat" names a list of messages instead, see `render_chat`.
 
-One process reads and the workers encode. A record is held whole: one of 200 MB takes 0.85 GB of resident memory as a JSON line
-(1.9 GB where characters beyond U+FFFF occur) and 1.6 GB in parquet; longer lines than 256 MB are skipped. Plain text of any size
-takes 0.4 GB, a worker 0.25 GB.
+One process reads and the workers encode. A long document is read once to find whether it is whole and well formed, and once more
+to be encoded in pieces: of a record that is skipped, nothing is in the shards. MEMORY
 
 Environment: HF_ENDPOINT (the hub, default https://huggingface.co), HF_TOKEN (for gated sources; sent to that host alone).
 Extras: pyarrow for parquet, backports.zstd for .zst before Python 3.14, rustbpe for the command tokenizer.
 Not here: deduplication, filtering, shuffling of documents (the mixture in dataloader.py shuffles windows).
 """
+import codecs
 import contextlib
 import fcntl
 import fnmatch
@@ -43,7 +43,6 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +64,14 @@ from flags import flag, parse_flags, run
 
 BLOCK = 1 << 20                     # bytes, or characters, read or given to a worker at a time
 LONG = 1 << 22                      # characters above which a document is encoded in pieces, and always trains
-MAX_LINE = 1 << 28                  # bytes of a JSON line that is parsed
+MAX_LINE = 1 << 28                  # bytes of a JSON line that is read
+PARSED = 1 << 24                    # bytes of JSON that are parsed whole
+LONG_STRING = 1024                  # bytes of a string that is taken out of a longer line
 SHARD_TOKENS = 1 << 25              # 2 bytes each
 SAMPLE_BYTES = 140_000_000          # of text that a tokenizer is trained on
 RETRIES = 8                         # failures in a row without a byte gained before a file is given up
+JSON_PART = re.compile(rb'([^"]*+)("[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+")?')    # ..., then a string
+WHOLE_ESCAPES = re.compile(r"(?:[^\\]++|\\[^u]|\\u(?![dD][89abAB])....|\\u....(?=.{6})(?:\\u[dD][c-fC-F]..)?+)*+", re.DOTALL)   # and whole pairs
 BACKOFF, TIMEOUT = 1.0, 30.0        # seconds before the first retry, doubling up to a minute; seconds of silence that end a connection
 
 
@@ -339,43 +342,112 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) + ((zs
 
 
 def read_lines(f):
-    """Yield (number, bytes) of the lines that are not blank, each cut to MAX_LINE bytes."""
+    """Yield (number, bytearray) of the lines that are not blank. One of more than MAX_LINE bytes is cut, and stays above MAX_LINE."""
     for number in itertools.count(1):
-        line = f.readline(MAX_LINE)
+        line = part = bytearray(f.readline(BLOCK))
+        while len(part) == BLOCK and not part.endswith(b"\n"):              # readline alone would hold a long line twice
+            part = f.readline(BLOCK)
+            line += part if len(line) <= MAX_LINE else b""
         if not line:
             return
-        if line.strip():
+        if not line.isspace():
             yield number, line
-        while len(line) == MAX_LINE and not line.endswith(b"\n"):
-            line = f.readline(MAX_LINE)
 
 
 def read_parquet(f, field):
-    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Strings come as bytes."""
+    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Text is a view of its bytes."""
     import pyarrow.parquet                                                  # an extra
     file = pyarrow.parquet.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False)
     column = field if field in file.schema_arrow.names else "text"
     if column not in file.schema_arrow.names:
         raise ValueError(f"no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
-    number = 0
-    for batch in file.iter_batches(batch_size=16, columns=[column]):
-        values = batch.column(0)
-        is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
-        for value in values.cast(pyarrow.large_binary()) if is_text else values:    # text may not be UTF-8: that is one bad record
-            number += 1
-            yield number, {field: value.as_py()}
+    number = itertools.count(1)
+    for group in range(file.num_row_groups):
+        rows = 16 if file.metadata.row_group(group).total_byte_size < MAX_LINE else 1       # at a time, so that they fit in memory
+        for batch in file.iter_batches(rows, [group], [column]):
+            values = batch.column(0)
+            if str(values.type) in ("string", "large_string", "binary", "large_binary"):
+                values = values.cast(pyarrow.large_binary())                # it may not be UTF-8: that is one bad record
+                _, ends, data = values.buffers()                            # views of these, since pyarrow's own values are copies
+                ends, data = np.frombuffer(ends, np.int64)[values.offset:], memoryview(data or b"")
+                values = (data[start:end] for start, end in zip(ends, ends[1:len(batch) + 1]))
+            else:
+                values = values.to_pylist()
+            for value in values:
+                yield next(number), {field: value}
+            del batch, values, value                                        # before the next is read
+            ends = data = None
 
 
 def read_records(path, raw, field):
-    """Iterate over (number, record) of a file, open for reading as `raw`. A record is a JSON line in bytes, a dict, or blocks of text.
-
-    Raises one of READ_ERRORS where the file is corrupt."""
+    """Iterate over (number, record) of a file, open for reading as `raw`. A record is a JSON line in bytes, a dict, or a function that
+    gives a text in blocks. Raises one of READ_ERRORS where the file is corrupt."""
     format, packed = format_of(path)
     f = {"gz": gzip, "xz": lzma, "zst": zstd}[packed].open(raw) if packed else raw
-    if format == "txt":
-        text = io.TextIOWrapper(f, "utf-8-sig", newline="")
-        return [(1, iter(lambda: text.read(BLOCK), ""))]
-    return read_parquet(f, field) if format == "parquet" else read_lines(f)
+
+    def blocks():
+        f.seek(0)
+        return decoded(iter(lambda: f.read(BLOCK), b""), "utf-8-sig")
+    return [(1, blocks)] if format == "txt" else read_parquet(f, field) if format == "parquet" else read_lines(f)
+
+
+def decoded(blocks, encoding="utf-8"):
+    """Decode text that comes in blocks of bytes. Raises ValueError where it is not UTF-8."""
+    decoder, done = codecs.getincrementaldecoder(encoding)(), 0
+    for block in itertools.chain(blocks, [b""]):
+        begin = done - len(decoder.getstate()[0])                           # of what is decoded now
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"'utf-8' codec can't decode byte {e.object[e.start]:#x} in position {begin + e.start}: {e.reason}") from None
+        done += len(block)
+
+
+def cut(data):
+    """Iterate over the blocks of a memoryview, or of an array."""
+    return (data[i:i + BLOCK] for i in range(0, len(data), BLOCK))
+
+
+def unescaped(blocks):
+    """Undo the escapes of a JSON string that comes in blocks of text."""
+    text = ""
+    for block in itertools.chain(blocks, [None]):
+        text += block or ""
+        stop = len(text) if block is None else WHOLE_ESCAPES.match(text).end()
+        yield json.loads(f'"{text[:stop]}"')
+        text = text[stop:]
+
+
+def parse_line(line):
+    """Parse a JSON line: (its object, a function that gives one of its texts in blocks).
+
+    Parsed whole, a line can take 27 times its size. So of a longer line than PARSED, the long strings are taken out, each leaving a
+    mark in its place; the rest is parsed, and where a text holds a mark, the string is decoded and unescaped in blocks."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"longer than {MAX_LINE:,} bytes; split it, or make it a .txt file")
+    if len(line) <= PARSED:
+        return json.loads(line.decode("utf-8-sig")), lambda text: [text]    # json.loads alone would let lone surrogates pass
+    for _ in decoded(cut(memoryview(line))):                                # UTF-8 throughout, also in what is not the text
+        pass
+    mark, strings, rest, stop = os.urandom(8).hex(), [], bytearray(), 0
+    while stop < len(line):
+        part = JSON_PART.match(line, stop)
+        (start, end), stop = part.span(2), part.end()
+        if start < 0 and stop < len(line):
+            raise ValueError(f"the string at byte {stop:,} has no end, a wrong escape or a control character")
+        if len(rest) + part.end(1) - part.start() > PARSED:
+            raise ValueError(f"holds more than {PARSED:,} bytes beside its long strings; split it")
+        rest += part[1]
+        if end - start > LONG_STRING:
+            rest += b'"%s%d;"' % (mark.encode(), len(strings))
+            strings.append(memoryview(line)[start + 1:end - 1])
+        else:
+            rest += part[2] or b""
+
+    def blocks(text):
+        for i, part in enumerate(re.split(rf"{mark}(\d+);", text)):         # text, number of a string, text, ...
+            yield from unescaped(decoded(cut(strings[int(part)]))) if i % 2 else [part]
+    return json.loads(rest.decode("utf-8-sig")), blocks
 
 
 def render_chat(messages):
@@ -391,21 +463,21 @@ def render_chat(messages):
 
 
 def text_of(record, source):
-    """Yield the text of a record, in one block or as it comes. Raises ValueError where the record is bad."""
-    if isinstance(record, Iterator):
-        yield from record
-        return
-    if isinstance(record, bytes):
-        if len(record) == MAX_LINE:
-            raise ValueError(f"longer than {MAX_LINE:,} bytes; split it, or make it a .txt file")
-        record = json.loads(record.decode("utf-8-sig"))                     # json.loads alone would let lone surrogates pass
+    """The text of a record, as a function that gives it in blocks. Raises ValueError where the record has none."""
+    blocks = lambda text: [text]
+    if callable(record):
+        return record
+    if isinstance(record, bytearray):
+        record, blocks = parse_line(record)
     field = source.get("chat") or source.get("text", "text")
     text = record.get(field, record.get("text")) if isinstance(record, dict) else None
-    text = text.decode("utf-8") if isinstance(text, bytes) else text
-    text = render_chat(text) if "chat" in source and isinstance(text, list) else text
+    if isinstance(text, (bytes, memoryview)):
+        return lambda: decoded(cut(memoryview(text)))
+    if "chat" in source and isinstance(text, list):
+        text = render_chat(text)
     if not isinstance(text, str):
         raise ValueError(f"no text field {field!r}")
-    yield text
+    return lambda: blocks(text)
 
 
 def in_pieces(blocks):
@@ -432,11 +504,15 @@ def read_source(source, files, bad):
             with open(path, "rb") as raw:
                 for number, record in read_records(path, raw, source.get("chat") or source.get("text", "text")):
                     try:
-                        yield from in_pieces(text_of(record, source))
+                        blocks = text_of(record, source)
+                        for _ in blocks():                                  # what is wrong with it shall be known before a piece is given out
+                            pass
+                        yield from in_pieces(blocks())
                     except (ValueError, RecursionError) as e:
                         bad["records"] += 1
                         if bad["records"] <= 20:
                             warn(f"{path}: record {number} skipped: {e}" + "; further ones are only counted" * (bad["records"] == 20))
+                    blocks = record = None                                  # it may be large, and the next one too
                     progress.show(raw, done)
         except READ_ERRORS as e:
             bad["files"] += 1
@@ -500,8 +576,8 @@ class Shards:
         for tokens in np.array_split(self.buffer[:self.fill], parts):
             if len(tokens):
                 path = self.folder / f"{self.prefix}-{len(self.files):05d}.bin"
-                documents = int(np.count_nonzero(tokens == self.tokenizer.bos))             # those that begin in this shard
-                text_bytes = sum(int(self.tokenizer.token_bytes[tokens[i:i + BLOCK]].sum()) for i in range(0, len(tokens), BLOCK))
+                counts = sum(np.bincount(block, minlength=self.tokenizer.vocab_size) for block in cut(tokens))
+                documents, text_bytes = int(counts[self.tokenizer.bos]), int(counts @ self.tokenizer.token_bytes)   # those that begin here
                 write_shard(path, tokens, documents, self.tokenizer)
                 self.files.append({"file": path.name, "tokens": len(tokens), "bytes": text_bytes, "documents": documents, "sha256": sha256_of(path)})
         self.fill = 0
