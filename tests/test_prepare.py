@@ -312,7 +312,7 @@ def test_parquet_reads_texts_chats_and_long_documents_and_names_a_corrupt_file(t
     assert stream(config, small[1], source=3) == whole(small[1], ["good"])
     err = capsys.readouterr().err
     assert "d.parquet: record 2 skipped: 'utf-8' codec can't decode" in err
-    assert "c.parquet: corrupt after record 0 (" in err and "b.parquet: record 2 skipped: no text field 'messages'" in err
+    assert "c.parquet: corrupt in or after record 0 (" in err and "b.parquet: record 2 skipped: no text field 'messages'" in err
 
 
 def test_bad_records_are_named_counted_and_skipped(tmp_path, small, capsys):
@@ -344,7 +344,7 @@ def test_a_corrupt_file_keeps_what_came_before_and_is_done_again_when_it_is_whol
     kept, expected = stream(config, small[1]), whole(small[1], documents)
     assert kept == expected[:len(kept)] and len(kept) >= len(expected) * 0.5, (len(kept), len(expected))
     assert expected[len(kept)] == small[1].bos                  # whole documents only
-    assert f"{name.replace('__', '.')}: corrupt after record" in capsys.readouterr().err
+    assert f"{name.replace('__', '.')}: corrupt in or after record" in capsys.readouterr().err
     (tmp_path / "raw" / name.replace("__", ".")).write_bytes(content)
     prepare.tokenize(config)
     assert stream(config, small[1]) == expected
