@@ -188,14 +188,16 @@ def open_shard(path, tokenizer):
         raise ValueError(f"shard {path} has {size} bytes, less than a header; run data/prepare.py tokenize again")
     header = np.fromfile(path, HEADER, count=1)[0]
     if header["magic"] != SHARD_MAGIC or header["version"] != SHARD_VERSION:
-        raise ValueError(f"{path} is not a token shard of version {SHARD_VERSION} (magic {bytes(header['magic'])!r})")
+        raise ValueError(f"{path} is not a token shard of version {SHARD_VERSION} (magic {bytes(header['magic'])!r}); "
+                         f"delete it and run data/prepare.py tokenize again")
     expected = HEADER.itemsize + 2 * int(header["n_tokens"])
     if size != expected:
         raise ValueError(f"shard {path} has {size} bytes where its header says {expected}: it was cut; "
                          f"run data/prepare.py tokenize again")
     if header["tokenizer_sha256"].decode() != tokenizer.sha256:
         raise ValueError(f"shard {path} was written with another tokenizer ({header['vocab_size']} ids, sha256 "
-                         f"{header['tokenizer_sha256'].decode()[:12]}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...)")
+                         f"{header['tokenizer_sha256'].decode()[:12]}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...); "
+                         f"tokenise into a folder of its own with data/prepare.py tokenize")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.itemsize, shape=(int(header["n_tokens"]),))
 
 

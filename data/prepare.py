@@ -102,15 +102,18 @@ def warn(message):
 
 
 def progress(label, total, begun=0):
-    """Return a function to call with the bytes done so far: it prints a line with rate and ETA on standard error every ten seconds."""
+    """Return a function to call often: it prints a line with rate and ETA on standard error every ten seconds.
+
+    total, begun (what was there before), and what the argument of that function, `tell`, returns: bytes."""
     start = last = time.monotonic()
 
-    def show(done):
+    def show(tell):
         nonlocal last
         now = time.monotonic()
-        if now - last > 10 and done > begun:
+        if now - last > 10 and (done := tell()) > begun:
             last, rate = now, (done - begun) / 1e6 / (now - start)
-            print(f"{label} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB {rate:.1f} MB/s eta:{(total - done) / 6e7 / rate:.1f}m", file=sys.stderr, flush=True)
+            print(f"{label} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB {rate:.1f} MB/s eta:{(total - done) / 6e7 / rate:.1f}m",
+                  file=sys.stderr, flush=True)
     return show
 
 
@@ -286,7 +289,7 @@ class Hub:
                     raise requests.ConnectionError("the server sent another range than asked for")
                 for chunk in response.iter_content(1 << 15):
                     f.write(chunk)
-                    show(f.tell())
+                    show(f.tell)
                 f.flush()
                 os.fsync(f.fileno())                                        # on the disk before it gets its name
             if have() < size:
@@ -515,7 +518,7 @@ def read_source(source, files, bad):
                         if bad["records"] <= 20:
                             warn(f"{path}: record {number} skipped: {e}" + "; further ones are only counted" * (bad["records"] == 20))
                     record = blocks = None                                  # they may be large, and the next ones too
-                    show(done + raw.tell())
+                    show(lambda: done + raw.tell())
         except READ_ERRORS as e:
             bad["files"] += 1
             warn(f"{path}: corrupt in or after record {number} ({e}); the documents before are kept. Fetch it again and run the command again")
