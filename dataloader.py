@@ -79,7 +79,7 @@ class Tokenizer:
             ordered = [int(line.split()[1]) for line in lines] == list(range(len(lines)))
             pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"] + ""       # a TypeError unless it is text
         except (ValueError, IndexError, KeyError, TypeError) as e:
-            raise ValueError(f"the tokenizer in {folder} is not readable: {e}") from None
+            raise ValueError(f"the tokenizer in {folder} is not readable ({e}); copy it anew, or make it with data/prepare.py") from None
         if not ordered or len(ranks) >= 2 ** 16 or len(set(ranks)) != len(ranks) or {bytes([b]) for b in range(256)} - set(ranks[:256]):
             raise ValueError(f"{folder / 'tokenizer.txt'} is not a byte-level BPE of at most 65,536 ids in order of rank")
         if vocab_size is not None:

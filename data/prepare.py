@@ -125,11 +125,12 @@ def read_mix(config):
     path = Path(config.mix or HERE / "frontier_v1.json")
     try:
         mix = json.loads(path.read_text(encoding="utf-8"))
-        sources, names = mix["sources"], [source["name"] for source in mix["sources"]]
-        wrong = [s["name"] for s in sources if not re.fullmatch(r"\w[\w-]*", s["name"], re.ASCII) or not 0 < s["weight"] < 1e8
-                 or not all(isinstance(s.get(key, ""), str) for key in ("status", "repository", "revision", "text", "chat"))
-                 or not all(isinstance(s.get(key, []), list) for key in ("files", "steps"))]
-        label = mix["name"]
+        label, sources, names, wrong = mix["name"], mix["sources"], [source["name"] for source in mix["sources"]], []
+        for source in sources:
+            texts = [source.get(key, "") for key in ("status", "repository", "revision", "text", "chat")]
+            texts += [*source.get("files", []), *source.get("steps", []), source.get("stand_in", {"repository": ""})["repository"]]
+            if not (re.fullmatch(r"\w[\w-]*", source["name"], re.ASCII) and 0 < source["weight"] < 1e8 and all(isinstance(text, str) for text in texts)):
+                wrong.append(source["name"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is not a mix file ({e!r}); data/frontier_v1.json shows the form") from None
     if wrong or not names or len(set(names)) < len(names):
@@ -709,10 +710,15 @@ def inspect(config):
     if not config.data:
         raise ValueError("--data must name a folder of token shards")
     folder, data, n = Path(config.data), open_data(config.data), 20_000
-    manifest = json.loads((folder / "manifest.json").read_text())
-    sources, weights = manifest["sources"], sum(source["weight"] for source in manifest["sources"])
-    print(f"data:{folder} mix:{manifest['name']} vocab_size:{data.tokenizer.vocab_size} tokenizer_sha256:{data.tokenizer.sha256}")
-    T = max(1, min(2048, *(total(source["train"], "tokens") - 1 for source in sources)))
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        name, sources, weights = manifest["name"], manifest["sources"], sum(source["weight"] for source in manifest["sources"])
+        shards = [shard for source in sources for shard in source["train"] + source["val"]]
+        {sum(shard[key] for key in ("tokens", "bytes", "documents")): shard["sha256"] for shard in shards}      # all are there
+        T = max(1, min(2048, *(total(source["train"], "tokens") - 1 for source in sources)))
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{folder / 'manifest.json'} is not readable ({e!r}); run data/prepare.py tokenize again") from None
+    print(f"data:{folder} mix:{name} vocab_size:{data.tokenizer.vocab_size} tokenizer_sha256:{data.tokenizer.sha256}")
     mix = data.train(T, 0)
     seen = np.bincount(mix.locate(np.arange(n))[0], minlength=len(sources)) / n
     for source, share in zip(sources, seen):
@@ -726,7 +732,6 @@ def inspect(config):
         stop = np.flatnonzero(np.append(head[1:], data.tokenizer.bos) == data.tokenizer.bos)[0] + 1
         print(f"--- {source['name']}, first document\n{data.tokenizer.decode(head[:stop])[:600]}")
     if config.verify:
-        shards = [shard for source in sources for shard in source["train"] + source["val"]]
         if damaged := [shard["file"] for shard in shards if sha256_of(folder / shard["file"]) != shard["sha256"]]:
             raise ValueError(f"{', '.join(damaged)} in {folder} are damaged (sha256); delete them and run data/prepare.py tokenize again")
         print("verified: every shard has the sha256 of the manifest")

@@ -607,6 +607,14 @@ def test_inspect_names_a_damaged_shard(tmp_path, small, capsys):
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             prepare.inspect(Config(data=config.out, verify=True))
+    shard.write_bytes(content)
+    manifest = Path(config.out, "manifest.json")
+    for key in ("name", "sha256", "documents"):
+        whole_manifest = manifest.read_text()
+        manifest.write_text(whole_manifest.replace(f'"{key}"', '"other"') if key != "name" else whole_manifest.replace('"name"', '"other"', 1))
+        with pytest.raises(ValueError, match="manifest.json is not readable .*run data/prepare.py tokenize again"):
+            prepare.inspect(Config(data=config.out))
+        manifest.write_text(whole_manifest)
 
 
 def test_a_missing_package_is_named_before_anything_is_done(tmp_path, small, monkeypatch):
@@ -649,7 +657,8 @@ def test_sources_are_chosen_and_replaced_by_name(tmp_path, small):
             prepare.tokenize(replace(config, **wrong))
     for content in ("{", "[]", '{"name": "m"}', '{"name": "m", "sources": []}', '{"name": "m", "sources": [{"name": "../x", "weight": 1}]}',
                     '{"name": "m", "sources": [{"name": "x", "weight": 0}]}', '{"name": "m", "sources": [{"name": "x", "weight": 1, "chat": {}}]}',
-                    '{"name": "m", "sources": [{"name": "x", "weight": Infinity}]}', '{"name": "m", "sources": {"x": 1}}', "[" * 100_000):
+                    '{"name": "m", "sources": [{"name": "x", "weight": Infinity}]}', '{"name": "m", "sources": {"x": 1}}', '{"name": "m", "sources": [{"name": "x", "weight": 1, "files": [5]}]}',
+                    '{"name": "m", "sources": [{"name": "x", "weight": 1, "stand_in": 5}]}', "[" * 100_000):
         Path(config.mix).write_text(content)
         with pytest.raises(ValueError, match="mix.json"):
             prepare.tokenize(config)
