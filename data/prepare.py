@@ -683,14 +683,19 @@ def tokenize(config):
                 record = out / f"{source['name']}.source.json"
                 key = {"tokenizer_sha256": tokenizer.sha256, "val_fraction": config.val_fraction, "fields": [source.get("chat"), source.get("text")],
                        "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
-                before = {}
-                with contextlib.suppress(FileNotFoundError, ValueError):    # no record, or a damaged one: the source is done anew
+                try:
                     before = json.loads(record.read_text())
-                entry = before.get("entry", {}) | {"weight": source["weight"]}
-                if key.items() <= before.items() and all((out / shard["file"]).exists() for shard in entry["train"] + entry["val"]):
+                    entry = before.pop("entry") | {"weight": source["weight"]}
+                    for shard in entry["train"] + entry["val"]:
+                        open_shard(out / shard["file"], tokenizer)
+                    done = before == key
+                except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):        # no record, or it or a shard is damaged
+                    done = False
+                if done:
                     print(f"source:{source['name']} done before, files and flags are the same", flush=True)
                 else:
-                    for stale in (out / "manifest.json", record, *out.glob(f"{source['name']}-train-*"), *out.glob(f"{source['name']}-val-*")):
+                    shards = [shard for split in ("train", "val") for shard in out.glob(f"{source['name']}-{split}-{'[0-9]' * 5}.bin*")]
+                    for stale in (out / "manifest.json", record, *shards):
                         stale.unlink(missing_ok=True)
                     entry = tokenize_source(source, files, config, tokenizer, pool, workers)
                     write_whole(record, json.dumps(key | {"entry": entry}).encode())

@@ -581,6 +581,14 @@ def test_another_tokenizer_refuses_and_other_flags_do_the_source_again(tmp_path,
     assert "done before" not in capsys.readouterr().out and len(stream(config, small[1])) < len(before)
 
 
+def test_a_source_whose_name_begins_like_anothers_keeps_its_shards(tmp_path, small):
+    config = replace(setup(tmp_path, small, **{"web-train__jsonl": lines(texts(50)), "web__jsonl": lines(texts(50, seed=1))}), val_fraction=0.0)
+    prepare.tokenize(config)
+    (tmp_path / "raw/web.jsonl").write_bytes(lines(texts(60, seed=2)))
+    prepare.tokenize(config)
+    assert stream(config, small[1]) == whole(small[1], texts(50)) and stream(config, small[1], source=1) == whole(small[1], texts(60, seed=2))
+
+
 def test_a_write_error_leaves_no_manifest_of_what_was_there_before(tmp_path, small, monkeypatch):
     config = setup(tmp_path, small, web__jsonl=lines(texts(100)))
     prepare.tokenize(config)
@@ -607,6 +615,12 @@ def test_inspect_names_a_damaged_shard(tmp_path, small, capsys):
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             prepare.inspect(Config(data=config.out, verify=True))
+        if len(damaged) < len(content) or damaged[0] != content[0]:
+            prepare.tokenize(config)                                        # the remedy that the message names
+            assert shard.read_bytes() == content
+    for record in ("[]", '{"entry": 5}', "{", json.dumps(json.loads(Path(config.out, "web.source.json").read_text()) | {"entry": {}})):
+        Path(config.out, "web.source.json").write_text(record)
+        prepare.tokenize(config)
     shard.write_bytes(content)
     manifest = Path(config.out, "manifest.json")
     for key in ("name", "sha256", "documents"):
