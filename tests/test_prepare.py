@@ -618,7 +618,7 @@ def test_inspect_names_a_damaged_shard(tmp_path, small, capsys):
         if len(damaged) < len(content) or damaged[0] != content[0]:
             prepare.tokenize(config)                                        # the remedy that the message names
             assert shard.read_bytes() == content
-    for record in ("[]", '{"entry": 5}', "{", json.dumps(json.loads(Path(config.out, "web.source.json").read_text()) | {"entry": {}})):
+    for record in ("5", "[]", '{"entry": 5}', "{", json.dumps(json.loads(Path(config.out, "web.source.json").read_text()) | {"entry": {}})):
         Path(config.out, "web.source.json").write_text(record)
         prepare.tokenize(config)
     shard.write_bytes(content)
