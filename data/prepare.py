@@ -30,6 +30,7 @@ import fnmatch
 import functools
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -52,12 +53,9 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 import requests
 try:
-    from compression import zstd                                            # Python 3.14
+    zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")     # an extra before
 except ImportError:
-    try:
-        from backports import zstd                                          # an extra before
-    except ImportError:
-        zstd = None
+    zstd = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))             # the modules of the repository's root, one folder up
 from dataloader import (HERE, PIECE, SPLIT_PATTERN, Tokenizer, clean_text, cut_text, is_validation, open_data, open_shard, write_shard,
@@ -129,7 +127,8 @@ def read_mix(config):
         for source in sources:
             texts = [source.get(key, "") for key in ("status", "repository", "revision", "text", "chat")]
             texts += [*source.get("files", []), *source.get("steps", []), source.get("stand_in", {"repository": ""})["repository"]]
-            if not (re.fullmatch(r"\w[\w-]*", source["name"], re.ASCII) and 0 < source["weight"] < 1e8 and all(isinstance(text, str) for text in texts)):
+            if not (re.fullmatch(r"\w[\w-]*", source["name"], re.ASCII) and 0 < source["weight"] < 1e8
+                    and all(isinstance(text, str) for text in texts)):
                 wrong.append(source["name"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is not a mix file ({e!r}); data/frontier_v1.json shows the form") from None
@@ -719,7 +718,7 @@ def inspect(config):
         manifest = json.loads((folder / "manifest.json").read_text())
         name, sources, weights = manifest["name"], manifest["sources"], sum(source["weight"] for source in manifest["sources"])
         shards = [shard for source in sources for shard in source["train"] + source["val"]]
-        {sum(shard[key] for key in ("tokens", "bytes", "documents")): shard["sha256"] for shard in shards}      # all are there
+        [(shard["sha256"], total([shard], "bytes") + total([shard], "documents")) for shard in shards]      # all fields are there
         T = max(1, min(2048, *(total(source["train"], "tokens") - 1 for source in sources)))
     except (KeyError, TypeError) as e:
         raise ValueError(f"{folder / 'manifest.json'} is not readable ({e!r}); run data/prepare.py tokenize again") from None
