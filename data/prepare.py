@@ -15,8 +15,8 @@ source web are those in RAW/web/, those called RAW/web.*, or what --source web=P
 file names; "chat" names a list of messages instead, see `render_chat`.
 
 One process reads and the workers encode. A long document is read twice: to its end, to find whether it is well formed (of one that
-is skipped nothing reaches a shard), and again to be encoded in pieces. A document of 200 MB takes 0.2 GB of resident memory as plain
-text, 0.45 GB as a JSON line and 0.85 GB in parquet (pyarrow holds the page that it is in up to three times), and 0.08 GB more for each
+is skipped nothing reaches a shard), and again to be encoded in pieces. A document of 200 MB takes 0.25 GB of resident memory as plain
+text, 0.45 GB as a JSON line and 0.95 GB in parquet (pyarrow holds the page that it is in up to three times), and 0.08 GB more for each
 worker. JSON lines of more than 256 MB are skipped.
 
 Environment: HF_ENDPOINT (the hub, default https://huggingface.co), HF_TOKEN (for gated sources; sent to that host alone).
