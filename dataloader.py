@@ -15,13 +15,15 @@ documents are chosen by a hash of their text, so that no rank, epoch or re-token
 
 Without a data folder, the text sample embedded in data/sample/ is tokenised in memory.
 
-Not here: downloading and tokenising corpora (data/prepare.py), the model, the loss.
+Not here: downloading and tokenising corpora (data/prepare.py), the model, the loss. torch is imported where batches are made, so
+that the worker processes of data/prepare.py do without it.
 """
 import base64
 import hashlib
 import json
 import lzma
 import math
+import os
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-import torch
 
 HERE = Path(__file__).parent / "data"
 BOS = "<|bos|>"
@@ -39,6 +40,13 @@ HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("vocab_size", "<u4"), (
 SAMPLE_WEIGHTS = {"prose": 40, "encyclopedia": 30, "code": 30}              # percent of tokens, of the embedded sample
 SAMPLE_VAL_FRACTION = 0.01                                                  # 126 KB of its text
 PIECE = 2 ** 18         # characters encoded at a time: tiktoken's regex overflows its stack near a million spaces
+# The split pattern of our tokenizers is GPT-4's with digits in groups of at most two. FAST_PATTERN finds the same matches 1.6 times
+# as fast: the engine runs the group, free of look-around and possessive quantifiers, as one automaton. (A possessive quantifier
+# changes nothing here, since what follows each of the two cannot match a character that it holds.)
+SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+FAST_PATTERN = (r"(?:'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n])|\s+(?!\S)|\s+")
 VAL_SEED = 20_260_411                                                       # validation windows are fixed for ever, whatever --seed
 
 
@@ -56,7 +64,7 @@ class Tokenizer:
         self.ranks, self.pattern = ranks, pattern
         self.vocab_size = len(ranks) + 1
         self.bos = len(ranks)
-        self.encoding = tiktoken.Encoding("poe", pat_str=pattern, special_tokens={BOS: self.bos},
+        self.encoding = tiktoken.Encoding("poe", pat_str=FAST_PATTERN if pattern == SPLIT_PATTERN else pattern, special_tokens={BOS: self.bos},
                                           mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
         self.token_bytes = np.array([len(token) for token in ranks] + [0], dtype=np.int64)  # special tokens count no bytes
         self.sha256 = hashlib.sha256(self.rank_text() + pattern.encode()).hexdigest()
@@ -71,7 +79,7 @@ class Tokenizer:
             ordered = [int(line.split()[1]) for line in lines] == list(range(len(lines)))
             pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"] + ""       # a TypeError unless it is text
         except (ValueError, IndexError, KeyError, TypeError) as e:
-            raise ValueError(f"the tokenizer in {folder} is not readable: {e}") from None
+            raise ValueError(f"the tokenizer in {folder} is not readable ({e}); copy it anew, or make it with data/prepare.py") from None
         if not ordered or len(ranks) >= 2 ** 16 or len(set(ranks)) != len(ranks) or {bytes([b]) for b in range(256)} - set(ranks[:256]):
             raise ValueError(f"{folder / 'tokenizer.txt'} is not a byte-level BPE of at most 65,536 ids in order of rank")
         if vocab_size is not None:
@@ -119,7 +127,11 @@ class Tokenizer:
 
 def clean_text(text):
     """Replace lone surrogates, which UTF-8 cannot hold, by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def cut_text(text, start):
@@ -148,15 +160,22 @@ def is_validation(text, fraction):
 # ---------------------------------------------------------------------------------------------------------------
 # Shards
 
+def write_whole(path, *parts):
+    """Write a file, whole or not at all: what gets its name is on the disk already, so that a loss of power leaves no empty file."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as f:
+        for part in parts:
+            f.write(part)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
 def write_shard(path, tokens, n_documents, tokenizer):
     """Write tokens (uint16) as one shard, whole or not at all."""
     header = np.zeros(1, HEADER)
     header[0] = (SHARD_MAGIC, SHARD_VERSION, tokenizer.vocab_size, len(tokens), n_documents, tokenizer.sha256.encode(), b"")
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
-        f.write(header.tobytes())
-        np.ascontiguousarray(tokens, dtype="<u2").tofile(f)
-    temporary.replace(path)
+    write_whole(path, header.tobytes(), np.ascontiguousarray(tokens, dtype="<u2"))
 
 
 def open_shard(path, tokenizer):
@@ -169,14 +188,16 @@ def open_shard(path, tokenizer):
         raise ValueError(f"shard {path} has {size} bytes, less than a header; run data/prepare.py tokenize again")
     header = np.fromfile(path, HEADER, count=1)[0]
     if header["magic"] != SHARD_MAGIC or header["version"] != SHARD_VERSION:
-        raise ValueError(f"{path} is not a token shard of version {SHARD_VERSION} (magic {bytes(header['magic'])!r})")
+        raise ValueError(f"{path} is not a token shard of version {SHARD_VERSION} (magic {bytes(header['magic'])!r}); "
+                         f"delete it and run data/prepare.py tokenize again")
     expected = HEADER.itemsize + 2 * int(header["n_tokens"])
     if size != expected:
         raise ValueError(f"shard {path} has {size} bytes where its header says {expected}: it was cut; "
                          f"run data/prepare.py tokenize again")
     if header["tokenizer_sha256"].decode() != tokenizer.sha256:
         raise ValueError(f"shard {path} was written with another tokenizer ({header['vocab_size']} ids, sha256 "
-                         f"{header['tokenizer_sha256'].decode()[:12]}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...)")
+                         f"{header['tokenizer_sha256'].decode()[:12]}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...); "
+                         f"tokenise into a folder of its own with data/prepare.py tokenize")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.itemsize, shape=(int(header["n_tokens"]),))
 
 
@@ -283,6 +304,7 @@ class Mix:
         if tokens.max() >= self.vocab_size:
             raise ValueError(f"source {self.sources[source[tokens.max(axis=1).argmax()]].name} holds token {tokens.max()}, beyond the "
                              f"vocabulary of {self.vocab_size}: its shards are damaged; run data/prepare.py tokenize again")
+        import torch
         tokens = torch.from_numpy(tokens)                                   # (B, T + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -376,6 +398,7 @@ class Loader:
 
     def __init__(self, mix, start, batch, micro_batch, device="cpu", rank=0, world=1, read_ahead=4):
         assert batch % micro_batch == 0, f"batch {batch} is not a multiple of {micro_batch} sequences"
+        import torch
         self.mix, self.start, self.batch, self.micro_batch = mix, start, batch, micro_batch
         self.mine = range(rank * micro_batch, batch, world * micro_batch)   # where this rank's micro-batches begin within a step
         self.n_micro = len(self.mine)

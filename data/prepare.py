@@ -14,22 +14,24 @@ source web are those in RAW/web/, those called RAW/web.*, or what --source web=P
 .json); .txt, one document a file; all with .gz, .xz or .zst too. The text of a record is its field "text", or the one that the mix
 file names; "chat" names a list of messages instead, see `render_chat`.
 
-One process reads and the workers encode. A record is held whole: one of 200 MB takes 0.85 GB of resident memory as a JSON line
-(1.9 GB where characters beyond U+FFFF occur) and 1.6 GB in parquet; longer lines than 256 MB are skipped. Plain text of any size
-takes 0.4 GB, a worker 0.25 GB.
+One process reads and the workers encode. A long document is read twice: to its end, to find whether it is well formed (of one that
+is skipped nothing reaches a shard), and again to be encoded in pieces. A document of 200 MB takes 0.25 GB of resident memory as plain
+text, 0.45 GB as a JSON line and 0.95 GB in parquet (pyarrow holds the page that it is in up to three times), and 0.08 GB more for each
+worker. JSON lines of more than 256 MB are skipped.
 
 Environment: HF_ENDPOINT (the hub, default https://huggingface.co), HF_TOKEN (for gated sources; sent to that host alone).
 Extras: pyarrow for parquet, backports.zstd for .zst before Python 3.14, rustbpe for the command tokenizer.
 Not here: deduplication, filtering, shuffling of documents (the mixture in dataloader.py shuffles windows).
 """
+import codecs
 import contextlib
 import fcntl
 import fnmatch
 import functools
 import gzip
 import hashlib
+import importlib
 import importlib.util
-import io
 import itertools
 import json
 import lzma
@@ -43,7 +45,6 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,26 +53,24 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 import requests
 try:
-    from compression import zstd                                            # Python 3.14
+    zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")     # an extra before
 except ImportError:
-    try:
-        from backports import zstd                                          # an extra before
-    except ImportError:
-        zstd = None
+    zstd = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))             # the modules of the repository's root, one folder up
-from dataloader import HERE, PIECE, Tokenizer, clean_text, cut_text, is_validation, open_data, open_shard, write_shard
+from dataloader import (HERE, PIECE, SPLIT_PATTERN, Tokenizer, clean_text, cut_text, is_validation, open_data, open_shard, write_shard,
+                        write_whole)
 from flags import flag, parse_flags, run
 
 BLOCK = 1 << 20                     # bytes, or characters, read or given to a worker at a time
 LONG = 1 << 22                      # characters above which a document is encoded in pieces, and always trains
-MAX_LINE = 1 << 28                  # bytes of a JSON line that is parsed
+MAX_LINE = 1 << 28                  # bytes of a JSON line that is read, and of a row group of which 16 rows are held at a time
+PARSED = 1 << 24                    # bytes of JSON that are parsed whole
+LONG_STRING = 1024                  # bytes of a string that is taken out of a longer line
 SHARD_TOKENS = 1 << 25              # 2 bytes each
 SAMPLE_BYTES = 140_000_000          # of text that a tokenizer is trained on
 RETRIES = 8                         # failures in a row without a byte gained before a file is given up
 BACKOFF, TIMEOUT = 1.0, 30.0        # seconds before the first retry, doubling up to a minute; seconds of silence that end a connection
-SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-                 r"|\s*[\r\n]|\s+(?!\S)|\s+")                               # GPT-4's, with digits in groups of at most two
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -100,19 +99,20 @@ def warn(message):
     print(f"{Path(sys.argv[0]).name}: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
-class Progress:
-    """Print a line with rate and ETA on standard error every ten seconds. total, begun (what was there before): bytes."""
+def progress(label, total, begun=0):
+    """Return a function to call often: it prints a line with rate and ETA on standard error every ten seconds.
 
-    def __init__(self, label, total, begun=0):
-        self.label, self.total, self.begun, self.start, self.last = label, total, begun, time.monotonic(), time.monotonic()
+    total, begun (what was there before), and what the argument of that function, `tell`, returns: bytes."""
+    start = last = time.monotonic()
 
-    def show(self, f, before=0):
-        """f: the file that is being read or written; before: bytes of the files before it."""
+    def show(tell):
+        nonlocal last
         now = time.monotonic()
-        if now - self.last > 10 and not f.closed and (done := before + f.tell()) > self.begun:
-            self.last, rate = now, (done - self.begun) / 1e6 / (now - self.start)
-            print(f"{self.label} {done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB {rate:.1f} MB/s eta:{(self.total - done) / 6e7 / rate:.1f}m",
+        if now - last > 10 and (done := tell()) > begun:
+            last, rate = now, (done - begun) / 1e6 / (now - start)
+            print(f"{label} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB {rate:.1f} MB/s eta:{(total - done) / 6e7 / rate:.1f}m",
                   file=sys.stderr, flush=True)
+    return show
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,12 +123,18 @@ def read_mix(config):
     path = Path(config.mix or HERE / "frontier_v1.json")
     try:
         mix = json.loads(path.read_text(encoding="utf-8"))
-        name, names = mix["name"], [source["name"] for source in mix["sources"]]
-        wrong = [s["name"] for s in mix["sources"] if not re.fullmatch(r"\w[\w-]*", s["name"], re.ASCII) or not s["weight"] > 0]
-    except (ValueError, KeyError, TypeError) as e:
+        label, sources, names, wrong = mix["name"], mix["sources"], [source["name"] for source in mix["sources"]], []
+        for source in sources:
+            texts = [source.get(key, "") for key in ("status", "repository", "revision", "text", "chat")]
+            texts += [*source.get("files", []), *source.get("steps", []), source.get("stand_in", {"repository": ""})["repository"]]
+            if not (re.fullmatch(r"\w[\w-]*", source["name"], re.ASCII) and 0 < source["weight"] < 1e8
+                    and all(isinstance(text, str) for text in texts)):
+                wrong.append(source["name"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is not a mix file ({e!r}); data/frontier_v1.json shows the form") from None
     if wrong or not names or len(set(names)) < len(names):
-        raise ValueError(f"{path}: sources need names of letters, digits, _ and - that differ, and positive weights; look at {wrong or names}")
+        raise ValueError(f"{path}: sources need names of letters, digits, _ and - that differ, positive weights, and fields as in "
+                         f"data/frontier_v1.json; look at {wrong or names}")
     chosen = config.only.split(",") if config.only else names
     local = dict(item.partition("=")[::2] for item in config.source.split(",") if item)
     if unknown := {*chosen} - {*names} or {*local} - {*chosen}:
@@ -136,7 +142,7 @@ def read_mix(config):
     for source, place in local.items():
         if not place or not Path(place).exists():
             raise ValueError(f"--source {source}={place}: no such file or folder; write --source name=path")
-    return name, [source for source in mix["sources"] if source["name"] in chosen], local
+    return label, [source for source in sources if source["name"] in chosen], local
 
 
 def format_of(path):
@@ -186,13 +192,6 @@ def locked(folder):
         yield
 
 
-def write_files(folder, contents):
-    """Write small files, {name: bytes}, each whole or not at all."""
-    for name, content in contents.items():
-        (folder / f"{name}.tmp").write_bytes(content)
-        (folder / f"{name}.tmp").replace(folder / name)
-
-
 def sha256_of(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -227,8 +226,9 @@ class Hub:
     """The hub's HTTP interface: lists of files, and files."""
 
     def __init__(self):
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        self.token = os.environ.get("HF_TOKEN", "").strip()
+        self.endpoint, self.token = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN", "").strip()
+        if not re.fullmatch(r"https?://[^/\s]+\S*", self.endpoint):
+            raise ValueError(f"HF_ENDPOINT must be a URL like https://huggingface.co, not {self.endpoint!r}")
         if not re.fullmatch(r"[!-~]*", self.token):                         # requests would print it in its error
             raise ValueError("HF_TOKEN holds characters that no token has; copy it again")
         self.session = requests.Session()
@@ -249,31 +249,34 @@ class Hub:
     def list(self, source, pattern):
         """Yield (path, bytes, sha256 or None) of the files of a source that match a pattern, as the hub lists them now."""
         folder = "/".join(itertools.takewhile(lambda part: not set(part) & set("*?["), pattern.split("/")[:-1]))
-        url = f"{self.endpoint}/api/datasets/{source['repository']}/tree/{quote(source['revision'], safe='')}/{quote(folder)}".rstrip("/")
-        what, query = f"{source['repository']}/{folder}", "recursive=true"
+        revision, what, query = quote(source.get("revision", "main"), safe=""), f"{source['repository']}/{folder}", "recursive=true"
+        url = f"{self.endpoint}/api/datasets/{source['repository']}/tree/{revision}/{quote(folder)}".rstrip("/")
 
         def page():
             with self.get(f"{url}?{query}") as response:
                 return response.json(), response.links.get("next", {}).get("url", "")
         while query:
             entries, following = retry(what, page)
-            for entry in entries:
-                path, large = entry["path"], entry.get("lfs") or {}         # large files, kept apart, have a sha256
+            try:
+                files = [(e["path"], e.get("lfs") or {"size": e["size"]}) for e in entries if e["type"] == "file"]  # large ones have a sha256
+                files = [(path, int(large["size"]), large.get("oid")) for path, large in files if fnmatch.fnmatchcase(path, pattern)]
+            except (KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"{what}: {self.endpoint} answers with something else than a list of files ({e!r}); look at HF_ENDPOINT") from None
+            for path, size, sha256 in files:
                 if ".." in path.split("/") or path.startswith("/"):
                     raise ValueError(f"{what}: the hub lists the unsafe path {path!r}; do not use this repository")
-                if entry["type"] == "file" and fnmatch.fnmatchcase(path, pattern):
-                    yield path, large.get("size", entry["size"]), large.get("oid")
+                yield path, size, sha256
             query = urlsplit(following).query                               # never to another host, whatever the link says
 
     def fetch(self, source, path, size, sha256, target):
         """Download one file to `target`: resumed from `target`.part, verified, then renamed."""
-        what, part = f"{source['repository']}/{path}", Path(f"{target}.part")
-        url = f"{self.endpoint}/datasets/{source['repository']}/resolve/{quote(source['revision'], safe='')}/{quote(path)}"
+        what, part, revision = f"{source['repository']}/{path}", Path(f"{target}.part"), quote(source.get("revision", "main"), safe="")
+        url = f"{self.endpoint}/datasets/{source['repository']}/resolve/{revision}/{quote(path)}"
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def have():
             return part.stat().st_size if part.exists() else 0
-        progress = Progress(f"source:{source['name']} {path}", size, begun=have())
+        show = progress(f"source:{source['name']} {path}", size, begun=have())
 
         def attempt():
             begin = have()
@@ -286,7 +289,9 @@ class Hub:
                     raise requests.ConnectionError("the server sent another range than asked for")
                 for chunk in response.iter_content(1 << 15):
                     f.write(chunk)
-                    progress.show(f)
+                    show(f.tell)
+                f.flush()
+                os.fsync(f.fileno())                                        # on the disk before it gets its name
             if have() < size:
                 raise requests.ConnectionError("the body ended early")
         retry(what, attempt, gained=have)
@@ -304,6 +309,8 @@ def download(config):
     Interrupted downloads go on where they stopped; a finished file is not fetched again. A source that fails does not
     stop the others; the exit code is 2 then."""
     (_, sources, local), hub, failed = read_mix(config), Hub(), []
+    if config.max_bytes == 0 or config.max_bytes < -1:
+        raise ValueError(f"--max-bytes must be positive, or -1 for all, not {config.max_bytes}")
     with locked(Path(config.raw)):
         for source in sources:
             name, status, folder, files, taken = source["name"], source.get("status", "open"), Path(config.raw) / source["name"], 0, 0
@@ -312,12 +319,13 @@ def download(config):
                 continue
             if status == "external" or (status == "gated" and not hub.token):
                 print(f"source:{name} is {status}, not downloaded:")
-                for i, step in enumerate(source["steps"], 1):
+                for i, step in enumerate(source.get("steps", []), 1):
                     print(f"  {i}. {step}")
-                print(f"  Or put its \"stand_in\" in its place in a copy of the mix file: {source['stand_in']['repository']} is open", flush=True)
+                if "stand_in" in source:
+                    print(f"  Or put its \"stand_in\" in its place in a copy of the mix file: {source['stand_in']['repository']} is open", flush=True)
                 continue
             try:
-                lists = [hub.list(source, pattern) for pattern in source["files"]]
+                lists = [hub.list(source, pattern) for pattern in source.get("files", [])]
                 for path, size, sha256 in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*lists))):    # of each in turn
                     if 0 <= config.max_bytes <= taken:
                         break
@@ -325,7 +333,7 @@ def download(config):
                         hub.fetch(source, path, size, sha256, folder / path)
                     files, taken = files + 1, taken + size
                 if not files:
-                    raise ValueError(f"{source['repository']}: no file matches {', '.join(source['files'])}; correct the mix file")
+                    raise ValueError(f"{source['repository']}: no file matches {', '.join(source.get('files', []))}; correct the mix file")
             except ValueError as e:
                 warn(e)
                 failed.append(name)
@@ -338,46 +346,115 @@ def download(config):
 # Readers
 
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) + ((zstd.ZstdError,) if zstd else ())     # of a corrupt file
+JSON_PART = re.compile(rb'([^"]*+)("[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+")?')    # up to a string, a string
+WHOLE = re.compile(r"(?:[^\\]++|\\[^u]|\\u(?![dD][89abAB])....|\\u....(?=.{6})(?:\\u[dD][c-fC-F]..)?+)*+", re.DOTALL)   # escapes, and pairs of them
+
+
+def cut(data):
+    """Iterate over the blocks of a memoryview or an array."""
+    return (data[i:i + BLOCK] for i in range(0, len(data), BLOCK))
+
+
+def decoded(blocks, encoding="utf-8"):
+    """Decode text that comes in blocks of bytes. Raises ValueError where it is not UTF-8."""
+    decoder, done = codecs.getincrementaldecoder(encoding)(), 0
+    for block in itertools.chain(blocks, [b""]):
+        begin = done - len(decoder.getstate()[0])                           # of what is decoded now
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"'utf-8' codec can't decode byte {e.object[e.start]:#x} in position {begin + e.start}: {e.reason}") from None
+        done += len(block)
+
+
+def unescaped(blocks):
+    """Undo the escapes of a JSON string that comes in blocks of text."""
+    text = ""
+    for block in itertools.chain(blocks, [None]):
+        text += block or ""
+        stop = len(text) if block is None else WHOLE.match(text).end()
+        yield json.loads(f'"{text[:stop]}"')
+        text = text[stop:]
+
+
+def parse_line(line):
+    """Parse a JSON line: (what it holds, a function that gives one of its texts in blocks).
+
+    Parsed whole, a line can take 30 times its size. So of a line of more than PARSED bytes the long strings are taken out, each leaving
+    a mark in its place; the rest is parsed, and where a text holds a mark, the string is decoded and unescaped in blocks."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"longer than {MAX_LINE:,} bytes; split it, or make it a .txt file")
+    if len(line) <= PARSED:
+        return json.loads(line.decode("utf-8-sig")), lambda text: [text]    # json.loads alone would let lone surrogates pass
+    for _ in decoded(cut(line)):
+        pass
+    mark, strings, rest, stop = os.urandom(8).hex(), [], bytearray(), 0
+    while stop < len(line):
+        part = JSON_PART.match(line, stop)
+        (start, end), stop = part.span(2), part.end()
+        if start < 0 and stop < len(line):
+            raise ValueError(f"the string at byte {stop:,} has no end, a wrong escape or a control character")
+        if len(rest) + part.end(1) - part.start() > PARSED:
+            raise ValueError(f"more than {PARSED:,} bytes beside its long strings; split it")
+        rest += part[1]
+        if end - start > LONG_STRING:
+            rest += b'"%s%d;"' % (mark.encode(), len(strings))
+            strings.append(memoryview(line)[start + 1:end - 1])
+        else:
+            rest += part[2] or b""
+
+    def blocks(text):
+        for i, part in enumerate(re.split(rf"{mark}(\d+);", text)):         # text, number of a string, text, ...
+            yield from unescaped(decoded(cut(strings[int(part)]))) if i % 2 else [part]
+    return json.loads(rest.decode("utf-8-sig")), blocks
 
 
 def read_lines(f):
-    """Yield (number, bytes) of the lines that are not blank, each cut to MAX_LINE bytes."""
+    """Yield (number, bytearray) of the lines that are not blank. One of more than MAX_LINE bytes is cut, and stays above MAX_LINE."""
     for number in itertools.count(1):
-        line = f.readline(MAX_LINE)
+        line = part = bytearray(f.readline(BLOCK))
+        while len(part) == BLOCK and not part.endswith(b"\n"):              # readline alone would hold a long line twice
+            part = f.readline(BLOCK)
+            line += part if len(line) <= MAX_LINE else b""
         if not line:
             return
-        if line.strip():
+        if not line.isspace():
             yield number, line
-        while len(line) == MAX_LINE and not line.endswith(b"\n"):
-            line = f.readline(MAX_LINE)
 
 
 def read_parquet(f, field):
-    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Strings come as bytes."""
+    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Text is a view of its bytes."""
     import pyarrow.parquet                                                  # an extra
-    file = pyarrow.parquet.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False)
+    file, number = pyarrow.parquet.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False), itertools.count(1)
     column = field if field in file.schema_arrow.names else "text"
     if column not in file.schema_arrow.names:
         raise ValueError(f"no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
-    number = 0
-    for batch in file.iter_batches(batch_size=16, columns=[column]):
-        values = batch.column(0)
-        is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
-        for value in values.cast(pyarrow.large_binary()) if is_text else values:    # text may not be UTF-8: that is one bad record
-            number += 1
-            yield number, {field: value.as_py()}
+    for group in range(file.num_row_groups):
+        rows = 16 if file.metadata.row_group(group).total_byte_size < MAX_LINE else 1
+        for batch in file.iter_batches(rows, [group], [column]):
+            values = batch.column(0)
+            if str(values.type) in ("string", "large_string", "binary", "large_binary"):
+                values = values.cast(pyarrow.large_binary())                # text may not be UTF-8: that is one bad record
+                _, ends, data = values.buffers()                            # views of these, since a value that pyarrow gives is a copy
+                ends, data = np.frombuffer(ends, np.int64)[values.offset:][:len(batch) + 1], memoryview(data or b"")
+                values = (data[start:end] for start, end in zip(ends, ends[1:]))
+            else:
+                values = values.to_pylist()
+            for value in values:
+                yield next(number), {field: value}
+            batch = values = value = data = None                            # before the next batch is read
 
 
 def read_records(path, raw, field):
-    """Iterate over (number, record) of a file, open for reading as `raw`. A record is a JSON line in bytes, a dict, or blocks of text.
-
-    Raises one of READ_ERRORS where the file is corrupt."""
+    """Iterate over (number, record) of a file, open for reading as `raw`. A record is a JSON line in bytes, a dict, or a function that
+    gives a text in blocks. Raises one of READ_ERRORS where the file is corrupt."""
     format, packed = format_of(path)
     f = {"gz": gzip, "xz": lzma, "zst": zstd}[packed].open(raw) if packed else raw
-    if format == "txt":
-        text = io.TextIOWrapper(f, "utf-8-sig", newline="")
-        return [(1, iter(lambda: text.read(BLOCK), ""))]
-    return read_parquet(f, field) if format == "parquet" else read_lines(f)
+
+    def blocks():
+        f.seek(0)
+        return decoded(iter(lambda: f.read(BLOCK), b""), "utf-8-sig")
+    return [(1, blocks)] if format == "txt" else read_parquet(f, field) if format == "parquet" else read_lines(f)
 
 
 def render_chat(messages):
@@ -393,21 +470,19 @@ def render_chat(messages):
 
 
 def text_of(record, source):
-    """Yield the text of a record, in one block or as it comes. Raises ValueError where the record is bad."""
-    if isinstance(record, Iterator):
-        yield from record
-        return
-    if isinstance(record, bytes):
-        if len(record) == MAX_LINE:
-            raise ValueError(f"longer than {MAX_LINE:,} bytes; split it, or make it a .txt file")
-        record = json.loads(record.decode("utf-8-sig"))                     # json.loads alone would let lone surrogates pass
+    """Find the text of a record: a function that gives it in blocks. Raises ValueError where the record has none."""
+    if callable(record):
+        return record
+    record, blocks = parse_line(record) if isinstance(record, bytearray) else (record, lambda text: [text])
     field = source.get("chat") or source.get("text", "text")
     text = record.get(field, record.get("text")) if isinstance(record, dict) else None
-    text = text.decode("utf-8") if isinstance(text, bytes) else text
-    text = render_chat(text) if "chat" in source and isinstance(text, list) else text
+    if isinstance(text, (bytes, memoryview)):
+        return lambda: decoded(cut(text))
+    if "chat" in source and isinstance(text, list):
+        text = render_chat(text)
     if not isinstance(text, str):
         raise ValueError(f"no text field {field!r}")
-    yield text
+    return lambda: blocks(text)
 
 
 def in_pieces(blocks):
@@ -427,22 +502,26 @@ def in_pieces(blocks):
 
 def read_source(source, files, bad):
     """Yield (text, part) of the documents of a source, see `in_pieces`. What cannot be read is named and counted in `bad`."""
-    done, progress = 0, Progress(f"source:{source['name']}", sum(path.stat().st_size for path in files))
+    done, show = 0, progress(f"source:{source['name']}", sum(path.stat().st_size for path in files))
     for path in files:
         number = 0
         try:
             with open(path, "rb") as raw:
                 for number, record in read_records(path, raw, source.get("chat") or source.get("text", "text")):
                     try:
-                        yield from in_pieces(text_of(record, source))
+                        blocks = text_of(record, source)
+                        for _ in blocks():                                  # to its end: a bad document shall leave no pieces behind
+                            pass
+                        yield from in_pieces(blocks())
                     except (ValueError, RecursionError) as e:
                         bad["records"] += 1
                         if bad["records"] <= 20:
                             warn(f"{path}: record {number} skipped: {e}" + "; further ones are only counted" * (bad["records"] == 20))
-                    progress.show(raw, done)
+                    record = blocks = None                                  # they may be large, and the next ones too
+                    show(lambda: done + raw.tell())
         except READ_ERRORS as e:
             bad["files"] += 1
-            warn(f"{path}: corrupt after record {number} ({e}); what came before is kept. Fetch it again and run the command again")
+            warn(f"{path}: corrupt in or after record {number} ({e}); the documents before are kept. Fetch it again and run the command again")
         done += path.stat().st_size
 
 
@@ -502,8 +581,8 @@ class Shards:
         for tokens in np.array_split(self.buffer[:self.fill], parts):
             if len(tokens):
                 path = self.folder / f"{self.prefix}-{len(self.files):05d}.bin"
-                documents = int(np.count_nonzero(tokens == self.tokenizer.bos))             # those that begin in this shard
-                text_bytes = sum(int(self.tokenizer.token_bytes[tokens[i:i + BLOCK]].sum()) for i in range(0, len(tokens), BLOCK))
+                counts = sum(np.bincount(block, minlength=self.tokenizer.vocab_size) for block in cut(tokens))
+                documents, text_bytes = int(counts[self.tokenizer.bos]), int(counts @ self.tokenizer.token_bytes)   # those that begin here
                 write_shard(path, tokens, documents, self.tokenizer)
                 self.files.append({"file": path.name, "tokens": len(tokens), "bytes": text_bytes, "documents": documents, "sha256": sha256_of(path)})
         self.fill = 0
@@ -549,7 +628,8 @@ def tokenizer(config):
         if len(ranks) < vocab_size - 1:
             raise ValueError(f"the sample gives {len(ranks) + 1:,} ids, not {vocab_size:,}; give more text or a lower --vocab-size")
         made = Tokenizer(ranks, SPLIT_PATTERN)
-        write_files(out, made.files())
+        for name, content in made.files().items():
+            write_whole(out / name, content)
     print(f"tokenizer:{out} vocab_size:{made.vocab_size} sha256:{made.sha256} mix:{mix}")
 
 
@@ -594,27 +674,33 @@ def tokenize(config):
         if (out / "tokenizer.txt").exists() and (other := Tokenizer.load(out).sha256) != tokenizer.sha256:
             raise ValueError(f"{out} is of another tokenizer (sha256 {other[:12]}..., this one is {tokenizer.sha256[:12]}...); "
                              f"name another --out, or delete the folder")
-        write_files(out, tokenizer.files())
+        for name, content in tokenizer.files().items():
+            write_whole(out / name, content)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn, _start_worker) if workers else ThreadPoolExecutor(1) as pool:
             for source, files in plan:
                 record = out / f"{source['name']}.source.json"
                 key = {"tokenizer_sha256": tokenizer.sha256, "val_fraction": config.val_fraction, "fields": [source.get("chat"), source.get("text")],
                        "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
-                before = {}
-                with contextlib.suppress(FileNotFoundError, ValueError):    # no record, or a damaged one: the source is done anew
+                try:
                     before = json.loads(record.read_text())
-                entry = before.get("entry", {}) | {"weight": source["weight"]}
-                if key.items() <= before.items() and all((out / shard["file"]).exists() for shard in entry["train"] + entry["val"]):
+                    entry = before.pop("entry") | {"weight": source["weight"]}
+                    for shard in entry["train"] + entry["val"]:
+                        open_shard(out / shard["file"], tokenizer)
+                    done = before == key
+                except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):        # no record, or it or a shard is damaged
+                    done = False
+                if done:
                     print(f"source:{source['name']} done before, files and flags are the same", flush=True)
                 else:
-                    for stale in (out / "manifest.json", record, *out.glob(f"{source['name']}-train-*"), *out.glob(f"{source['name']}-val-*")):
+                    shards = [shard for split in ("train", "val") for shard in out.glob(f"{source['name']}-{split}-{'[0-9]' * 5}.bin*")]
+                    for stale in (out / "manifest.json", record, *shards):
                         stale.unlink(missing_ok=True)
                     entry = tokenize_source(source, files, config, tokenizer, pool, workers)
-                    write_files(out, {record.name: json.dumps(key | {"entry": entry}).encode()})
+                    write_whole(record, json.dumps(key | {"entry": entry}).encode())
                 entries.append(entry)
         manifest = {"format": 1, "name": mix, "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "sources": entries}
-        write_files(out, {"manifest.json": json.dumps(manifest, indent=1).encode()})
+        write_whole(out / "manifest.json", json.dumps(manifest, indent=1).encode())
     try:
         open_data(out).val(2048)
     except ValueError as e:
@@ -628,10 +714,15 @@ def inspect(config):
     if not config.data:
         raise ValueError("--data must name a folder of token shards")
     folder, data, n = Path(config.data), open_data(config.data), 20_000
-    manifest = json.loads((folder / "manifest.json").read_text())
-    sources, weights = manifest["sources"], sum(source["weight"] for source in manifest["sources"])
-    print(f"data:{folder} mix:{manifest['name']} vocab_size:{data.tokenizer.vocab_size} tokenizer_sha256:{data.tokenizer.sha256}")
-    T = max(1, min(2048, *(total(source["train"], "tokens") - 1 for source in sources)))
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        name, sources, weights = manifest["name"], manifest["sources"], sum(source["weight"] for source in manifest["sources"])
+        shards = [shard for source in sources for shard in source["train"] + source["val"]]
+        [(shard["sha256"], total([shard], "bytes") + total([shard], "documents")) for shard in shards]      # all fields are there
+        T = max(1, min(2048, *(total(source["train"], "tokens") - 1 for source in sources)))
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{folder / 'manifest.json'} is not readable ({e!r}); run data/prepare.py tokenize again") from None
+    print(f"data:{folder} mix:{name} vocab_size:{data.tokenizer.vocab_size} tokenizer_sha256:{data.tokenizer.sha256}")
     mix = data.train(T, 0)
     seen = np.bincount(mix.locate(np.arange(n))[0], minlength=len(sources)) / n
     for source, share in zip(sources, seen):
@@ -645,7 +736,6 @@ def inspect(config):
         stop = np.flatnonzero(np.append(head[1:], data.tokenizer.bos) == data.tokenizer.bos)[0] + 1
         print(f"--- {source['name']}, first document\n{data.tokenizer.decode(head[:stop])[:600]}")
     if config.verify:
-        shards = [shard for source in sources for shard in source["train"] + source["val"]]
         if damaged := [shard["file"] for shard in shards if sha256_of(folder / shard["file"]) != shard["sha256"]]:
             raise ValueError(f"{', '.join(damaged)} in {folder} are damaged (sha256); delete them and run data/prepare.py tokenize again")
         print("verified: every shard has the sha256 of the manifest")

@@ -4,9 +4,14 @@ dataloader.py against arithmetic by hand: what a window holds, which samples a r
 Run: python -m pytest tests/test_dataloader.py
 """
 import json
+import lzma
+import os
+import random
+import sys
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from tiktoken.load import load_tiktoken_bpe
 
@@ -56,6 +61,31 @@ def test_decode_inverts_encode(vocab_size, text):
 def test_a_million_characters_round_trip(text):
     tokenizer = Tokenizer.load()
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_document_of_the_embedded_sample_round_trips():
+    tokenizer, n = Tokenizer.load(), 0
+    for file in sorted((D.HERE / "sample").glob("*.jsonl.xz")):
+        for line in lzma.open(file, "rt", encoding="utf-8"):
+            text, n = json.loads(line)["text"], n + 1
+            ids = tokenizer.encode(text)
+            assert ids[0] == tokenizer.bos not in ids[1:] and tokenizer.decode(ids) == text, (file.name, n)
+    assert n > 2000
+
+
+def test_the_fast_pattern_splits_as_the_pattern_of_the_tokenizer_does():
+    assert Tokenizer.load().pattern == D.SPLIT_PATTERN          # so that the fast one is in use
+    ranks = {bytes([b]): b for b in range(256)}                 # ids of single bytes would hide the split: so make long words tokens
+    draw = random.Random(0)
+    alphabet = "aZ\u00e9\u017f\u4e160\u06639 \t\n\r\u00a0\u3000\u2028'.,-\u0301\U0001f642<|>"
+    texts = ["".join(draw.choices(alphabet, k=60)) for _ in range(1500)] + ["I'LL we've 'S 's 'ſ DON'T", " \r\n \n\n  x  ", "  ", "\r\r\n "]
+    for text in texts:                                          # every piece of up to five characters is a token, if it is whole
+        for i in range(len(text)):
+            for n in range(1, 6):
+                ranks.setdefault(text[i:i + n].encode(), len(ranks))
+    slow, fast = (tiktoken.Encoding("x", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks) for pattern in (D.SPLIT_PATTERN, D.FAST_PATTERN))
+    for text in texts:
+        assert fast.encode_ordinary(text) == slow.encode_ordinary(text), repr(text)
 
 
 def test_pieces_have_the_tokens_of_the_whole(monkeypatch):
@@ -108,6 +138,18 @@ def test_shard_round_trip(tokenizer, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+    flushed = []
+
+    def record(fd):                                             # what a loss of power right after it would leave
+        flushed.append((os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size, (tmp_path / "a").read_bytes()))
+    monkeypatch.setattr(os, "fsync", record)
+    D.write_whole(tmp_path / "a", b"header", np.arange(5, dtype="<u2"))
+    assert flushed == [(str(tmp_path / "a.tmp"), 16, b"old")]
+    assert (tmp_path / "a").read_bytes() == b"header" + bytes([0, 0, 1, 0, 2, 0, 3, 0, 4, 0])
+
+
 @pytest.mark.parametrize("spoil, word", [
     (lambda b: b[:100], "less than a header"), (lambda b: b[:-2], "was cut"), (lambda b: b + b"\0\0", "header says"),
     (lambda b: b"poe-TOKS" + b[8:], "not a token shard"), (lambda b: b[:32] + b"0" * 64 + b[96:], "another tokenizer")])
@@ -145,6 +187,10 @@ def test_open_data_reads_a_folder_of_shards(tokenizer, tmp_path):
     assert [(s.name, s.weight, s.n_tokens) for s in data.train(16, 0).sources] == [("a", 75, 5000), ("b", 25, 5000)]
     with pytest.raises(ValueError, match="300 ids.*vocab_size 1024"):
         open_data(tmp_path, 1024)
+    for name, content in Tokenizer.load(vocab_size=301).files().items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="a-train-00000.bin was written with another tokenizer .300 ids.*expected 301.*data/prepare.py tokenize"):
+        open_data(tmp_path).train(16, 0)
     (tmp_path / "manifest.json").write_text('{"sources": [{"name": "a"}]}')
     with pytest.raises(ValueError, match="manifest.json is not readable"):
         open_data(tmp_path)
@@ -264,6 +310,29 @@ def test_a_loader_opened_later_gives_the_very_next_batch():
     for _ in range(4):
         assert all(torch.equal(x, y) for x, y in zip(next(a), next(b)))
     a.close(), b.close()
+
+
+def test_a_seek_to_step_1e9_does_as_much_work_as_one_to_step_0():
+    mix, batch = frontier(), 24
+
+    def calls(step):
+        """Python calls (C functions too) that opening the mix at a step and reading its first batch take."""
+        n = 0
+
+        def count(frame, event, arg):
+            nonlocal n
+            n += event in ("call", "c_call")
+        sys.setprofile(count)
+        try:
+            read = mix.batch(np.arange(step * batch, (step + 1) * batch))
+        finally:
+            sys.setprofile(None)
+        return n, read
+    near, far = calls(0), calls(10 ** 9)
+    assert far[0] < 1.5 * near[0], (near[0], far[0])            # permutations walk on until they land inside: a few rounds more or less
+    loader = Loader(mix, 10 ** 9 * batch, batch, batch)         # and the loader gives just that batch
+    assert all(torch.equal(a, b) for a, b in zip(next(loader), far[1]))
+    loader.close()
 
 
 def test_an_error_in_the_reading_thread_reaches_the_caller():

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,9 @@ class FakeHub:
         path, _, query = handler.path.partition("?")
         hub_path = path.split("/resolve/main/")[-1]
         self.seen.append((hub_path, dict(handler.headers)))
+        if path.startswith("/api/") and self.plans.get(path):
+            status, answer = self.plans[path].pop(0)
+            return self.send(handler, status, answer or b"")
         if path.startswith("/api/"):
             folder, start = path.partition("/tree/main/")[2], int(query.partition("cursor=")[2] or 0)
             names = sorted(name for name in self.files if name.startswith(folder))
@@ -196,6 +200,32 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects(hub, monkeypatch, 
     assert "secret" not in "".join(capsys.readouterr())
 
 
+def test_a_server_that_is_no_hub_is_named(hub, monkeypatch, capsys):
+    mix = json.loads(Path(hub.config.mix).read_text())
+    for answer in (b'{"error": "maintenance"}', b'[{"type": "file"}]', b"[1]"):
+        hub.plans["/api/datasets/o/web/tree/main/web"] = [(200, answer)]
+        with pytest.raises(ValueError, match="incomplete: web;"):
+            prepare.download(hub.config)
+        assert "o/web/web: http://127.0.0.1" in (err := capsys.readouterr().err) and "look at HF_ENDPOINT" in err, answer
+    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
+    with pytest.raises(ValueError, match="HF_ENDPOINT must be a URL like"):
+        prepare.download(hub.config)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.port}")
+    with pytest.raises(ValueError, match="--max-bytes must be positive"):
+        prepare.download(replace(hub.config, max_bytes=0))
+    del mix["sources"][0]["files"]
+    Path(hub.config.mix).write_text(json.dumps(mix))
+    with pytest.raises(ValueError, match="incomplete: web;"):
+        prepare.download(hub.config)
+    assert "o/web: no file matches" in capsys.readouterr().err
+
+
+def test_a_list_is_asked_for_again_after_a_503(hub):
+    hub.plans["/api/datasets/o/web/tree/main/web"] = [(503, {})]
+    prepare.download(hub.config)
+    assert hub.a.read_bytes() == hub.files["web/a.txt"]
+
+
 def test_a_token_that_cannot_be_one_is_not_printed(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_sec\nret")
     with pytest.raises(ValueError, match="HF_TOKEN holds characters") as error:
@@ -312,7 +342,7 @@ def test_parquet_reads_texts_chats_and_long_documents_and_names_a_corrupt_file(t
     assert stream(config, small[1], source=3) == whole(small[1], ["good"])
     err = capsys.readouterr().err
     assert "d.parquet: record 2 skipped: 'utf-8' codec can't decode" in err
-    assert "c.parquet: corrupt after record 0 (" in err and "b.parquet: record 2 skipped: no text field 'messages'" in err
+    assert "c.parquet: corrupt in or after record 0 (" in err and "b.parquet: record 2 skipped: no text field 'messages'" in err
 
 
 def test_bad_records_are_named_counted_and_skipped(tmp_path, small, capsys):
@@ -344,19 +374,124 @@ def test_a_corrupt_file_keeps_what_came_before_and_is_done_again_when_it_is_whol
     kept, expected = stream(config, small[1]), whole(small[1], documents)
     assert kept == expected[:len(kept)] and len(kept) >= len(expected) * 0.5, (len(kept), len(expected))
     assert expected[len(kept)] == small[1].bos                  # whole documents only
-    assert f"{name.replace('__', '.')}: corrupt after record" in capsys.readouterr().err
+    assert f"{name.replace('__', '.')}: corrupt in or after record" in capsys.readouterr().err
     (tmp_path / "raw" / name.replace("__", ".")).write_bytes(content)
     prepare.tokenize(config)
     assert stream(config, small[1]) == expected
     assert "source:code done before" in capsys.readouterr().out
 
 
+LONG_TEXT = " ".join(texts(40, seed=3)) + ' 😀"quoted\\" \\u0041 é世界\t\x01 /' * 2000 + "x" * 9000 + "\ud83d 😀\ude00\ud83d end\r\n"
+
+
+def shrink(monkeypatch):
+    """Make a document of 100 KB what one of 200 MB is."""
+    for module, constant, value in ((prepare, "BLOCK", 4096), (prepare, "LONG", 20_000), (prepare, "PIECE", 8192), (dataloader, "PIECE", 8192),
+                                    (prepare, "PARSED", 6000)):
+        monkeypatch.setattr(module, constant, value)
+
+
+def test_a_damaged_parquet_and_gzip_keep_the_documents_before(tmp_path, small, monkeypatch, capsys):
+    shrink(monkeypatch)                                         # the book is encoded in pieces
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    documents = texts(400, words=200)
+    config = replace(setup(tmp_path, small, web__parquet=b"", code__jsonl__gz=b"", cut__parquet=b"", book__txt__gz=b""), val_fraction=0.0)
+    raw = tmp_path / "raw"
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), raw / "web.parquet", row_group_size=100, compression="gzip")
+    whole_file = (raw / "web.parquet").read_bytes()
+    (raw / "cut.parquet").write_bytes(whole_file[:-1000])
+    packed = gzip.compress(lines(documents))
+    for file, content in (("web.parquet", whole_file), ("code.jsonl.gz", packed)):
+        place = len(content) * 6 // 10
+        (raw / file).write_bytes(content[:place] + bytes(b ^ 255 for b in content[place:place + 100]) + content[place + 100:])
+    (raw / "book.txt.gz").write_bytes(gzip.compress(" ".join(documents).encode())[:-20])
+    with pytest.raises(ValueError, match="corrupt files in web, code, cut, book: .*out is usable without what was lost; fetch them again"):
+        prepare.tokenize(config)
+    expected = whole(small[1], documents)
+    kept = stream(config, small[1])
+    assert kept == expected[:len(kept)] and len(expected) * 0.4 < len(kept) < len(expected) * 0.6 and expected[len(kept)] == small[1].bos
+    before = len(expected) // 2                                 # of deflate, damage is certain only at the end, where the checksum is
+    assert stream(config, small[1], source=1)[:before] == expected[:before]
+    assert stream(config, small[1], source=2) == stream(config, small[1], source=3) == []       # nothing of half a book
+    err = capsys.readouterr().err
+    assert "web.parquet: corrupt in or after record 200 (" in err and "cut.parquet: corrupt in or after record 0 (" in err
+    assert "code.jsonl.gz: corrupt" in err and "book.txt.gz: corrupt in or after record 1 (" in err and err.count("Fetch it again") == 4
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+@pytest.mark.parametrize("block", [37, 4096])
+def test_a_long_json_line_gives_the_text_of_the_whole(monkeypatch, ascii, block):
+    shrink(monkeypatch)
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    text = LONG_TEXT if ascii else dataloader.clean_text(LONG_TEXT)
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "Short."}, {"role": "user", "content": text[:5000]}]
+    for record, source, expected in (({"id": "x" * 2000, "text": text, "other": [text]}, {}, text), ({"text": "short", "other": text}, {}, "short"),
+                                     ({"messages": chat}, {"chat": "messages"}, f"User: {text}\n\nAssistant: Short.\n\nUser: {text[:5000]}")):
+        for prefix in (b"", b"\xef\xbb\xbf"):
+            line = bytearray(prefix + json.dumps(record, ensure_ascii=ascii).encode())
+            assert len(line) > prepare.PARSED
+            blocks = [dataloader.clean_text(block) for block in prepare.text_of(line, source)()]    # each alone: no pair is split
+            assert "".join(blocks) == dataloader.clean_text(expected)
+
+
+def test_a_long_record_that_is_bad_is_one_bad_record_and_leaves_no_tokens(tmp_path, small, monkeypatch, capsys):
+    shrink(monkeypatch)
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    good, line = texts(3), lines([LONG_TEXT])[:-1]
+    bad = [line[:-2] + b"\xe9" + line[-2:], line[:-2] + b"\\x" + line[-2:], line[:-2] + b"\x01" + line[-2:], line[:-2], line + b"]", b"[" * 9000,
+           line.replace(b'"text"', b'"title"'), b'{"text": "", "ids": [' + b"1, " * 5000 + b"1]}", b'{"text": [' + line + b"]}"]
+    content = b"\n".join([lines(good[:1])[:-1], *bad, lines(good[1:2])[:-1]]) + b"\n"
+    long = dataloader.clean_text(LONG_TEXT).encode()
+    config = replace(setup(tmp_path, small, web__jsonl=content, book__txt=long + b"\xe9", gone__parquet=b""), val_fraction=0.0)
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([good[0].encode(), long + b"\xe9", None, good[1].encode(), long])}), tmp_path / "raw/gone.parquet")
+    prepare.tokenize(config)
+    assert stream(config, small[1]) == whole(small[1], good[:2]) and stream(config, small[1], source=1) == []
+    assert stream(config, small[1], source=2) == whole(small[1], [*good[:2], long.decode()])
+    out, err = capsys.readouterr()
+    assert "bad_records:9 " in out and err.count("skipped") == 12
+    for expected in (f"record 2 skipped: 'utf-8' codec can't decode byte 0xe9 in position {len(line) - 2}", "record 3 skipped: the string at byte 9 has no end, a wrong escape",
+                     "record 4 skipped: the string at byte 9", "record 5 skipped: the string at byte 9", "record 6 skipped: Extra data",
+                     "record 7 skipped: more than 6,000 bytes beside its long strings; split it", "record 8 skipped: no text field",
+                     "record 9 skipped: more than 6,000", "record 10 skipped: no text field",
+                     f"book.txt: record 1 skipped: 'utf-8' codec can't decode byte 0xe9 in position {len(long)}",
+                     f"gone.parquet: record 2 skipped: 'utf-8' codec can't decode byte 0xe9 in position {len(long)}", "gone.parquet: record 3 skipped: an empty document"):
+        assert expected in err, expected
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "raw.jsonl", "escaped.jsonl", "surrogates.jsonl", "jsonl.gz", "parquet"])
+def test_memory_does_not_grow_with_the_copies_of_a_long_document(tmp_path, monkeypatch, kind):
+    """What 200 MB take at the module's sizes, in small: pieces alone, and for JSON the line besides. Parquet: what is not pyarrow's."""
+    shrink(monkeypatch)
+    text = "\U0001f642" * 250_000 if kind == "surrogates.jsonl" else "word 😀 " * 250_000
+    path, content = tmp_path / f"web.{kind}", text.encode()
+    if "json" in kind:
+        content = json.dumps({"text": text}, ensure_ascii=kind != "raw.jsonl").encode()
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
+    else:
+        path.write_bytes(gzip.compress(content, 1) if kind.endswith("gz") else content)
+    size, n, source = len(content), len(text), {"name": "web"}
+    del text, content
+    prepare.read_source(source, [path], {}), json.loads("1")                # what is imported late is not counted
+    tracemalloc.start()
+    try:
+        pieces = sum(len(piece) for piece, _ in prepare.read_source(source, [path], prepare.Counter()))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert pieces == n
+    assert peak < 600_000 + (1.3 * size if "json" in kind else 0), (peak, size)
+
+
 @pytest.mark.parametrize("name", ["web__jsonl", "web__txt"])
 def test_a_long_document_is_encoded_in_pieces_to_the_tokens_of_the_whole_and_always_trains(tmp_path, small, monkeypatch, name):
-    for module, constant, value in ((prepare, "BLOCK", 4096), (prepare, "LONG", 20_000), (prepare, "PIECE", 8192), (dataloader, "PIECE", 8192)):
-        monkeypatch.setattr(module, constant, value)
-    long = " ".join(texts(40, seed=3)) + ' 😀"quoted\\" \\u0041 é世界\t\x01' * 2000 + "x" * 9000 + " end\r\n"
-    config = replace(setup(tmp_path, small, **{name: long.encode() if name == "web__txt" else lines([long])}), val_fraction=0.9999)
+    shrink(monkeypatch)
+    long = dataloader.clean_text(LONG_TEXT)
+    config = replace(setup(tmp_path, small, **{name: long.encode() if name == "web__txt" else lines([LONG_TEXT])}), val_fraction=0.9999)
     prepare.tokenize(config)
     assert stream(config, small[1]) == whole(small[1], [long])
 
@@ -446,6 +581,14 @@ def test_another_tokenizer_refuses_and_other_flags_do_the_source_again(tmp_path,
     assert "done before" not in capsys.readouterr().out and len(stream(config, small[1])) < len(before)
 
 
+def test_a_source_whose_name_begins_like_anothers_keeps_its_shards(tmp_path, small):
+    config = replace(setup(tmp_path, small, **{"web-train__jsonl": lines(texts(50)), "web__jsonl": lines(texts(50, seed=1))}), val_fraction=0.0)
+    prepare.tokenize(config)
+    (tmp_path / "raw/web.jsonl").write_bytes(lines(texts(60, seed=2)))
+    prepare.tokenize(config)
+    assert stream(config, small[1]) == whole(small[1], texts(50)) and stream(config, small[1], source=1) == whole(small[1], texts(60, seed=2))
+
+
 def test_a_write_error_leaves_no_manifest_of_what_was_there_before(tmp_path, small, monkeypatch):
     config = setup(tmp_path, small, web__jsonl=lines(texts(100)))
     prepare.tokenize(config)
@@ -472,6 +615,20 @@ def test_inspect_names_a_damaged_shard(tmp_path, small, capsys):
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             prepare.inspect(Config(data=config.out, verify=True))
+        if len(damaged) < len(content) or damaged[0] != content[0]:
+            prepare.tokenize(config)                                        # the remedy that the message names
+            assert shard.read_bytes() == content
+    for record in ("5", "[]", '{"entry": 5}', "{", json.dumps(json.loads(Path(config.out, "web.source.json").read_text()) | {"entry": {}})):
+        Path(config.out, "web.source.json").write_text(record)
+        prepare.tokenize(config)
+    shard.write_bytes(content)
+    manifest = Path(config.out, "manifest.json")
+    for key in ("name", "sha256", "documents"):
+        whole_manifest = manifest.read_text()
+        manifest.write_text(whole_manifest.replace(f'"{key}"', '"other"') if key != "name" else whole_manifest.replace('"name"', '"other"', 1))
+        with pytest.raises(ValueError, match="manifest.json is not readable .*run data/prepare.py tokenize again"):
+            prepare.inspect(Config(data=config.out))
+        manifest.write_text(whole_manifest)
 
 
 def test_a_missing_package_is_named_before_anything_is_done(tmp_path, small, monkeypatch):
@@ -513,7 +670,9 @@ def test_sources_are_chosen_and_replaced_by_name(tmp_path, small):
         with pytest.raises(ValueError, match=message):
             prepare.tokenize(replace(config, **wrong))
     for content in ("{", "[]", '{"name": "m"}', '{"name": "m", "sources": []}', '{"name": "m", "sources": [{"name": "../x", "weight": 1}]}',
-                    '{"name": "m", "sources": [{"name": "x", "weight": 0}]}'):
+                    '{"name": "m", "sources": [{"name": "x", "weight": 0}]}', '{"name": "m", "sources": [{"name": "x", "weight": 1, "chat": {}}]}',
+                    '{"name": "m", "sources": [{"name": "x", "weight": Infinity}]}', '{"name": "m", "sources": {"x": 1}}', '{"name": "m", "sources": [{"name": "x", "weight": 1, "files": [5]}]}',
+                    '{"name": "m", "sources": [{"name": "x", "weight": 1, "stand_in": 5}]}', "[" * 100_000):
         Path(config.mix).write_text(content)
         with pytest.raises(ValueError, match="mix.json"):
             prepare.tokenize(config)
