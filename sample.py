@@ -13,7 +13,6 @@ else is generated beside it.
 """
 import codecs
 import json
-import sys
 from dataclasses import dataclass
 
 import torch

@@ -23,58 +23,38 @@ Environment: HF_ENDPOINT (the hub, default https://huggingface.co), HF_TOKEN (fo
 Extras: pyarrow for parquet, backports.zstd for .zst before Python 3.14, rustbpe for the command tokenizer.
 Not here: deduplication, filtering, shuffling of documents (the mixture in dataloader.py shuffles windows).
 """
-import codecs
 import contextlib
 import fcntl
-import fnmatch
 import functools
-import gzip
-import hashlib
-import importlib
 import importlib.util
 import itertools
 import json
-import lzma
 import multiprocessing
 import os
-import random
 import re
 import signal
 import sys
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urlsplit
 
 import numpy as np
-import requests
-try:
-    zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")     # an extra before
-except ImportError:
-    zstd = None
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))             # the modules of the repository's root, one folder up
-from dataloader import (HERE, PIECE, SPLIT_PATTERN, Tokenizer, clean_text, cut_text, is_validation, open_data, open_shard, write_shard,
-                        write_whole)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))             # the repository's root, one folder up
+from data.hub import Hub, progress, sha256_of, warn
+from data.readers import BLOCK, READ_ERRORS, cut, format_of, in_pieces, read_records, text_of, zstd
+from dataloader import HERE, SPLIT_PATTERN, Tokenizer, clean_text, is_validation, open_data, open_shard, write_shard, write_whole
 from flags import flag, parse_flags, run
 
-BLOCK = 1 << 20                     # bytes, or characters, read or given to a worker at a time
-LONG = 1 << 22                      # characters above which a document is encoded in pieces, and always trains
-MAX_LINE = 1 << 28                  # bytes of a JSON line that is read, and of a row group of which 16 rows are held at a time
-PARSED = 1 << 24                    # bytes of JSON that are parsed whole
-LONG_STRING = 1024                  # bytes of a string that is taken out of a longer line
 SHARD_TOKENS = 1 << 25              # 2 bytes each
 SAMPLE_BYTES = 140_000_000          # of text that a tokenizer is trained on
-RETRIES = 8                         # failures in a row without a byte gained before a file is given up
-BACKOFF, TIMEOUT = 1.0, 30.0        # seconds before the first retry, doubling up to a minute; seconds of silence that end a connection
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Flags and messages
+# Flags
 
 @dataclass(frozen=True)
 class Config:
@@ -93,26 +73,6 @@ class Config:
     # inspect
     data: str = flag("", "folder of token shards")
     verify: bool = flag(False, "compare the sha256 of every shard with the manifest")
-
-
-def warn(message):
-    print(f"{Path(sys.argv[0]).name}: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-
-
-def progress(label, total, begun=0):
-    """Return a function to call often: it prints a line with rate and ETA on standard error every ten seconds.
-
-    total, begun (what was there before), and what the argument of that function, `tell`, returns: bytes."""
-    start = last = time.monotonic()
-
-    def show(tell):
-        nonlocal last
-        now = time.monotonic()
-        if now - last > 10 and (done := tell()) > begun:
-            last, rate = now, (done - begun) / 1e6 / (now - start)
-            print(f"{label} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB {rate:.1f} MB/s eta:{(total - done) / 6e7 / rate:.1f}m",
-                  file=sys.stderr, flush=True)
-    return show
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,12 +103,6 @@ def read_mix(config):
         if not place or not Path(place).exists():
             raise ValueError(f"--source {source}={place}: no such file or folder; write --source name=path")
     return label, [source for source in sources if source["name"] in chosen], local
-
-
-def format_of(path):
-    """The format and the compression of a file by its name, or None when it is not one that is read here."""
-    match = re.fullmatch(r"[^.].*\.(parquet|jsonl|ndjson|json|txt)(?:\.(gz|xz|zst))?", path.name, re.IGNORECASE)
-    return match and tuple((suffix or "").lower() for suffix in match.groups())
 
 
 def find_files(config):
@@ -192,313 +146,8 @@ def locked(folder):
         yield
 
 
-def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Download
-
-def retry(what, attempt, gained=lambda: 0):
-    """Call `attempt` until it returns. Raises ValueError where that is hopeless: on most of HTTP 400 to 499, and after RETRIES failures
-    in a row between which `gained()`, bytes, did not grow."""
-    failures = 0
-    while True:
-        before = gained()
-        try:
-            return attempt()
-        except requests.RequestException as error:
-            message, answer = f"{what}: {type(error).__name__} at byte {gained():,}: {str(error)[-160:]}", error.response
-        status = 0 if answer is None else answer.status_code
-        if 400 <= status < 500 and status not in (408, 425, 429):
-            raise ValueError(f"{message}; look at its page: accept its terms and set HF_TOKEN to a token that may read it, or correct the mix file")
-        failures = 1 if gained() > before else failures + 1
-        if failures > RETRIES:
-            raise ValueError(f"{message}; given up after {failures} attempts, run the command again to go on from here")
-        asked = answer.headers.get("Retry-After", "") if status else ""     # seconds; a date is rare, and left to the backoff
-        wait = min(3600, int(asked)) if asked.isdigit() else min(60, BACKOFF * 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
-        warn(f"{message}; attempt {failures + 1} in {wait:.1f} s")
-        time.sleep(wait)
-
-
-class Hub:
-    """The hub's HTTP interface: lists of files, and files."""
-
-    def __init__(self):
-        self.endpoint, self.token = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN", "").strip()
-        if not re.fullmatch(r"https?://[^/\s]+\S*", self.endpoint):
-            raise ValueError(f"HF_ENDPOINT must be a URL like https://huggingface.co, not {self.endpoint!r}")
-        if not re.fullmatch(r"[!-~]*", self.token):                         # requests would print it in its error
-            raise ValueError("HF_TOKEN holds characters that no token has; copy it again")
-        self.session = requests.Session()
-        self.session.auth = self._authorise
-
-    def _authorise(self, request):
-        """Add the token to a request; requests drops it when a redirect leads to another host or port."""
-        if self.token:
-            request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
-
-    def get(self, url, headers={}):
-        """GET a URL of the endpoint. Raises requests.HTTPError on any status but success."""
-        response = self.session.get(url, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"} | headers)
-        response.raise_for_status()
-        return response
-
-    def list(self, source, pattern):
-        """Yield (path, bytes, sha256 or None) of the files of a source that match a pattern, as the hub lists them now."""
-        folder = "/".join(itertools.takewhile(lambda part: not set(part) & set("*?["), pattern.split("/")[:-1]))
-        revision, what, query = quote(source.get("revision", "main"), safe=""), f"{source['repository']}/{folder}", "recursive=true"
-        url = f"{self.endpoint}/api/datasets/{source['repository']}/tree/{revision}/{quote(folder)}".rstrip("/")
-
-        def page():
-            with self.get(f"{url}?{query}") as response:
-                return response.json(), response.links.get("next", {}).get("url", "")
-        while query:
-            entries, following = retry(what, page)
-            try:
-                files = [(e["path"], e.get("lfs") or {"size": e["size"]}) for e in entries if e["type"] == "file"]  # large ones have a sha256
-                files = [(path, int(large["size"]), large.get("oid")) for path, large in files if fnmatch.fnmatchcase(path, pattern)]
-            except (KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{what}: {self.endpoint} answers with something else than a list of files ({e!r}); look at HF_ENDPOINT") from None
-            for path, size, sha256 in files:
-                if ".." in path.split("/") or path.startswith("/"):
-                    raise ValueError(f"{what}: the hub lists the unsafe path {path!r}; do not use this repository")
-                yield path, size, sha256
-            query = urlsplit(following).query                               # never to another host, whatever the link says
-
-    def fetch(self, source, path, size, sha256, target):
-        """Download one file to `target`: resumed from `target`.part, verified, then renamed."""
-        what, part, revision = f"{source['repository']}/{path}", Path(f"{target}.part"), quote(source.get("revision", "main"), safe="")
-        url = f"{self.endpoint}/datasets/{source['repository']}/resolve/{revision}/{quote(path)}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-
-        def have():
-            return part.stat().st_size if part.exists() else 0
-        show = progress(f"source:{source['name']} {path}", size, begun=have())
-
-        def attempt():
-            begin = have()
-            if begin >= size > 0:
-                return
-            with self.get(url, {"Range": f"bytes={begin}-"} if begin else {}) as response, open(part, "ab") as f:
-                if response.status_code == 200:                             # a server without Range: from the start
-                    f.seek(f.truncate(0))
-                elif not response.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
-                    raise requests.ConnectionError("the server sent another range than asked for")
-                for chunk in response.iter_content(1 << 15):
-                    f.write(chunk)
-                    show(f.tell)
-                f.flush()
-                os.fsync(f.fileno())                                        # on the disk before it gets its name
-            if have() < size:
-                raise requests.ConnectionError("the body ended early")
-        retry(what, attempt, gained=have)
-        digest = sha256_of(part) if sha256 else None
-        if have() != size or digest != sha256:
-            message = f"{have():,} bytes and sha256 {digest}, where the hub lists {size:,} and {sha256}"
-            part.unlink()                                                   # whatever it is, it is not a beginning of the file
-            raise ValueError(f"{what}: {message}; it was deleted, run the command again to fetch it anew")
-        part.replace(target)
-
-
-def download(config):
-    """Download the files of a mix. Gated and external sources print what to do instead, unless HF_TOKEN opens them.
-
-    Interrupted downloads go on where they stopped; a finished file is not fetched again. A source that fails does not
-    stop the others; the exit code is 2 then."""
-    (_, sources, local), hub, failed = read_mix(config), Hub(), []
-    if config.max_bytes == 0 or config.max_bytes < -1:
-        raise ValueError(f"--max-bytes must be positive, or -1 for all, not {config.max_bytes}")
-    with locked(Path(config.raw)):
-        for source in sources:
-            name, status, folder, files, taken = source["name"], source.get("status", "open"), Path(config.raw) / source["name"], 0, 0
-            if name in local or "repository" not in source:
-                print(f"source:{name} local files, nothing to download")
-                continue
-            if status == "external" or (status == "gated" and not hub.token):
-                print(f"source:{name} is {status}, not downloaded:")
-                for i, step in enumerate(source.get("steps", []), 1):
-                    print(f"  {i}. {step}")
-                if "stand_in" in source:
-                    print(f"  Or put its \"stand_in\" in its place in a copy of the mix file: {source['stand_in']['repository']} is open", flush=True)
-                continue
-            try:
-                lists = [hub.list(source, pattern) for pattern in source.get("files", [])]
-                for path, size, sha256 in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*lists))):    # of each in turn
-                    if 0 <= config.max_bytes <= taken:
-                        break
-                    if not ((folder / path).exists() and (folder / path).stat().st_size == size):
-                        hub.fetch(source, path, size, sha256, folder / path)
-                    files, taken = files + 1, taken + size
-                if not files:
-                    raise ValueError(f"{source['repository']}: no file matches {', '.join(source.get('files', []))}; correct the mix file")
-            except ValueError as e:
-                warn(e)
-                failed.append(name)
-            print(f"source:{name} files:{files} bytes:{taken} repository:{source['repository']} folder:{folder}", flush=True)
-    if failed:
-        raise ValueError(f"incomplete: {', '.join(failed)}; what came is kept, run the command again for the rest")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Readers
-
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) + ((zstd.ZstdError,) if zstd else ())     # of a corrupt file
-JSON_PART = re.compile(rb'([^"]*+)("[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+")?')    # up to a string, a string
-WHOLE = re.compile(r"(?:[^\\]++|\\[^u]|\\u(?![dD][89abAB])....|\\u....(?=.{6})(?:\\u[dD][c-fC-F]..)?+)*+", re.DOTALL)   # escapes, and pairs of them
-
-
-def cut(data):
-    """Iterate over the blocks of a memoryview or an array."""
-    return (data[i:i + BLOCK] for i in range(0, len(data), BLOCK))
-
-
-def decoded(blocks, encoding="utf-8"):
-    """Decode text that comes in blocks of bytes. Raises ValueError where it is not UTF-8."""
-    decoder, done = codecs.getincrementaldecoder(encoding)(), 0
-    for block in itertools.chain(blocks, [b""]):
-        begin = done - len(decoder.getstate()[0])                           # of what is decoded now
-        try:
-            yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as e:
-            raise ValueError(f"'utf-8' codec can't decode byte {e.object[e.start]:#x} in position {begin + e.start}: {e.reason}") from None
-        done += len(block)
-
-
-def unescaped(blocks):
-    """Undo the escapes of a JSON string that comes in blocks of text."""
-    text = ""
-    for block in itertools.chain(blocks, [None]):
-        text += block or ""
-        stop = len(text) if block is None else WHOLE.match(text).end()
-        yield json.loads(f'"{text[:stop]}"')
-        text = text[stop:]
-
-
-def parse_line(line):
-    """Parse a JSON line: (what it holds, a function that gives one of its texts in blocks).
-
-    Parsed whole, a line can take 30 times its size. So of a line of more than PARSED bytes the long strings are taken out, each leaving
-    a mark in its place; the rest is parsed, and where a text holds a mark, the string is decoded and unescaped in blocks."""
-    if len(line) > MAX_LINE:
-        raise ValueError(f"longer than {MAX_LINE:,} bytes; split it, or make it a .txt file")
-    if len(line) <= PARSED:
-        return json.loads(line.decode("utf-8-sig")), lambda text: [text]    # json.loads alone would let lone surrogates pass
-    for _ in decoded(cut(line)):
-        pass
-    mark, strings, rest, stop = os.urandom(8).hex(), [], bytearray(), 0
-    while stop < len(line):
-        part = JSON_PART.match(line, stop)
-        (start, end), stop = part.span(2), part.end()
-        if start < 0 and stop < len(line):
-            raise ValueError(f"the string at byte {stop:,} has no end, a wrong escape or a control character")
-        if len(rest) + part.end(1) - part.start() > PARSED:
-            raise ValueError(f"more than {PARSED:,} bytes beside its long strings; split it")
-        rest += part[1]
-        if end - start > LONG_STRING:
-            rest += b'"%s%d;"' % (mark.encode(), len(strings))
-            strings.append(memoryview(line)[start + 1:end - 1])
-        else:
-            rest += part[2] or b""
-
-    def blocks(text):
-        for i, part in enumerate(re.split(rf"{mark}(\d+);", text)):         # text, number of a string, text, ...
-            yield from unescaped(decoded(cut(strings[int(part)]))) if i % 2 else [part]
-    return json.loads(rest.decode("utf-8-sig")), blocks
-
-
-def read_lines(f):
-    """Yield (number, bytearray) of the lines that are not blank. One of more than MAX_LINE bytes is cut, and stays above MAX_LINE."""
-    for number in itertools.count(1):
-        line = part = bytearray(f.readline(BLOCK))
-        while len(part) == BLOCK and not part.endswith(b"\n"):              # readline alone would hold a long line twice
-            part = f.readline(BLOCK)
-            line += part if len(line) <= MAX_LINE else b""
-        if not line:
-            return
-        if not line.isspace():
-            yield number, line
-
-
-def read_parquet(f, field):
-    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Text is a view of its bytes."""
-    import pyarrow.parquet                                                  # an extra
-    file, number = pyarrow.parquet.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False), itertools.count(1)
-    column = field if field in file.schema_arrow.names else "text"
-    if column not in file.schema_arrow.names:
-        raise ValueError(f"no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
-    for group in range(file.num_row_groups):
-        rows = 16 if file.metadata.row_group(group).total_byte_size < MAX_LINE else 1
-        for batch in file.iter_batches(rows, [group], [column]):
-            values = batch.column(0)
-            if str(values.type) in ("string", "large_string", "binary", "large_binary"):
-                values = values.cast(pyarrow.large_binary())                # text may not be UTF-8: that is one bad record
-                _, ends, data = values.buffers()                            # views of these, since a value that pyarrow gives is a copy
-                ends, data = np.frombuffer(ends, np.int64)[values.offset:][:len(batch) + 1], memoryview(data or b"")
-                values = (data[start:end] for start, end in zip(ends, ends[1:]))
-            else:
-                values = values.to_pylist()
-            for value in values:
-                yield next(number), {field: value}
-            batch = values = value = data = None                            # before the next batch is read
-
-
-def read_records(path, raw, field):
-    """Iterate over (number, record) of a file, open for reading as `raw`. A record is a JSON line in bytes, a dict, or a function that
-    gives a text in blocks. Raises one of READ_ERRORS where the file is corrupt."""
-    format, packed = format_of(path)
-    f = {"gz": gzip, "xz": lzma, "zst": zstd}[packed].open(raw) if packed else raw
-
-    def blocks():
-        f.seek(0)
-        return decoded(iter(lambda: f.read(BLOCK), b""), "utf-8-sig")
-    return [(1, blocks)] if format == "txt" else read_parquet(f, field) if format == "parquet" else read_lines(f)
-
-
-def render_chat(messages):
-    """Render a conversation as plain text: "User: ...", "Assistant: ...", "System: ...", with an empty line between.
-
-    messages: a list of {"role", "content"} or {"from", "value"}; human and gpt are User and Assistant. Raises ValueError otherwise."""
-    names = {"human": "User", "gpt": "Assistant"}
-    try:
-        turns = [(m["role"], m["content"]) if "role" in m else (m["from"], m["value"]) for m in messages]
-        return "\n\n".join(f"{names.get(role, role.capitalize())}: {text.strip()}" for role, text in turns if text.strip())
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError("not a list of messages") from None
-
-
-def text_of(record, source):
-    """Find the text of a record: a function that gives it in blocks. Raises ValueError where the record has none."""
-    if callable(record):
-        return record
-    record, blocks = parse_line(record) if isinstance(record, bytearray) else (record, lambda text: [text])
-    field = source.get("chat") or source.get("text", "text")
-    text = record.get(field, record.get("text")) if isinstance(record, dict) else None
-    if isinstance(text, (bytes, memoryview)):
-        return lambda: decoded(cut(text))
-    if "chat" in source and isinstance(text, list):
-        text = render_chat(text)
-    if not isinstance(text, str):
-        raise ValueError(f"no text field {field!r}")
-    return lambda: blocks(text)
-
-
-def in_pieces(blocks):
-    """Cut a document, which comes in blocks of text: yield (text, part), "whole" or, beyond LONG characters, "first" and "next" pieces."""
-    text, part = "", "whole"
-    for block in blocks:
-        text, start = text + block, 0
-        while len(text) - start > (LONG if part == "whole" else PIECE):
-            part, stop = "first" if part == "whole" else "next", cut_text(text, start)
-            yield text[start:stop], part
-            start = stop
-        text = text[start:]
-    if part == "whole" and (not text or text.isspace()):
-        raise ValueError("an empty document")
-    yield text, "whole" if part == "whole" else "next"
-
+# Documents
 
 def read_source(source, files, bad):
     """Yield (text, part) of the documents of a source, see `in_pieces`. What cannot be read is named and counted in `bad`."""
@@ -590,6 +239,45 @@ class Shards:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Commands
+
+def download(config):
+    """Download the files of a mix. Gated and external sources print what to do instead, unless HF_TOKEN opens them.
+
+    Interrupted downloads go on where they stopped; a finished file is not fetched again. A source that fails does not
+    stop the others; the exit code is 2 then."""
+    (_, sources, local), hub, failed = read_mix(config), Hub(), []
+    if config.max_bytes == 0 or config.max_bytes < -1:
+        raise ValueError(f"--max-bytes must be positive, or -1 for all, not {config.max_bytes}")
+    with locked(Path(config.raw)):
+        for source in sources:
+            name, status, folder, files, taken = source["name"], source.get("status", "open"), Path(config.raw) / source["name"], 0, 0
+            if name in local or "repository" not in source:
+                print(f"source:{name} local files, nothing to download")
+                continue
+            if status == "external" or (status == "gated" and not hub.token):
+                print(f"source:{name} is {status}, not downloaded:")
+                for i, step in enumerate(source.get("steps", []), 1):
+                    print(f"  {i}. {step}")
+                if "stand_in" in source:
+                    print(f"  Or put its \"stand_in\" in its place in a copy of the mix file: {source['stand_in']['repository']} is open", flush=True)
+                continue
+            try:
+                lists = [hub.list(source, pattern) for pattern in source.get("files", [])]
+                for path, size, sha256 in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*lists))):    # of each in turn
+                    if 0 <= config.max_bytes <= taken:
+                        break
+                    if not ((folder / path).exists() and (folder / path).stat().st_size == size):
+                        hub.fetch(source, path, size, sha256, folder / path)
+                    files, taken = files + 1, taken + size
+                if not files:
+                    raise ValueError(f"{source['repository']}: no file matches {', '.join(source.get('files', []))}; correct the mix file")
+            except ValueError as e:
+                warn(e)
+                failed.append(name)
+            print(f"source:{name} files:{files} bytes:{taken} repository:{source['repository']} folder:{folder}", flush=True)
+    if failed:
+        raise ValueError(f"incomplete: {', '.join(failed)}; what came is kept, run the command again for the rest")
+
 
 def tokenizer(config):
     """Train a byte-level BPE on a sample of a mix, by weight: tokenizer.txt and tokenizer.json.

@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 
 import dataloader
-from data import prepare
+from data import hub as hub_module
+from data import prepare, readers
 from data.prepare import Config
 from dataloader import Tokenizer, is_validation, open_data, open_shard
 from flags import run
@@ -109,7 +110,7 @@ def hub(monkeypatch, tmp_path):
     hub.files = {"web/a.txt": random.Random(1).randbytes(300_007), "code/b.txt": b"b" * 1009}
     hub.config = Config(mix=str(tmp_path / "mix.json"), raw=str(tmp_path / "raw"))
     for name, value in {"BACKOFF": 0.01, "TIMEOUT": 0.4, "RETRIES": 3}.items():
-        monkeypatch.setattr(prepare, name, value)
+        monkeypatch.setattr(hub_module, name, value)
     hub.a, hub.b = tmp_path / "raw/web/web/a.txt", tmp_path / "raw/code/code/b.txt"
     yield hub
     hub.server.shutdown()
@@ -314,8 +315,8 @@ def test_every_format_gives_the_same_tokens(tmp_path, small):
     plain = lines(documents)
     contents = {"a__jsonl": plain, "b__jsonl__gz": gzip.compress(plain), "c__json__xz": lzma.compress(plain), "d__ndjson": b"\xef\xbb\xbf" + plain.strip(),
                 "f__jsonl": plain.replace(b"\n", b"\n\r\n")}
-    if prepare.zstd:
-        contents["g__jsonl__zst"] = prepare.zstd.compress(plain)
+    if readers.zstd:
+        contents["g__jsonl__zst"] = readers.zstd.compress(plain)
     config = replace(setup(tmp_path, small, **contents), val_fraction=0.0)
     prepare.tokenize(config)
     for i, name in enumerate(contents):
@@ -325,7 +326,7 @@ def test_every_format_gives_the_same_tokens(tmp_path, small):
 def test_parquet_reads_texts_chats_and_long_documents_and_names_a_corrupt_file(tmp_path, small, monkeypatch, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
-    monkeypatch.setattr(prepare, "LONG", 5000)
+    monkeypatch.setattr(readers, "LONG", 5000)
     documents = texts(700) + [" ".join(texts(30))]
     config = replace(setup(tmp_path, small, a__parquet=b"", b__parquet=b"", c__parquet=b"PAR1 not parquet", d__parquet=b""), val_fraction=0.0)
     pyarrow.parquet.write_table(pyarrow.table({"id": range(701), "text": documents}), tmp_path / "raw/a.parquet", row_group_size=101)
@@ -364,9 +365,9 @@ def test_bad_records_are_named_counted_and_skipped(tmp_path, small, capsys):
 def test_a_corrupt_file_keeps_what_came_before_and_is_done_again_when_it_is_whole(tmp_path, small, capsys, name):
     documents = texts(300, words=300)
     plain = lines(documents)
-    if name.endswith("zst") and not prepare.zstd:
+    if name.endswith("zst") and not readers.zstd:
         pytest.skip("no zstd")
-    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": prepare.zstd and prepare.zstd.compress}.get(name[-3:].strip("_"), bytes)
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": readers.zstd and readers.zstd.compress}.get(name[-3:].strip("_"), bytes)
     content = pack(plain)
     config = replace(setup(tmp_path, small, **{name: content[:len(content) * 2 // 3], "code__jsonl": lines(texts(5))}), val_fraction=0.0)
     with pytest.raises(ValueError, match="corrupt files in web"):
@@ -386,8 +387,8 @@ LONG_TEXT = " ".join(texts(40, seed=3)) + ' 😀"quoted\\" \\u0041 é世界\t\x0
 
 def shrink(monkeypatch):
     """Make a document of 100 KB what one of 200 MB is."""
-    for module, constant, value in ((prepare, "BLOCK", 4096), (prepare, "LONG", 20_000), (prepare, "PIECE", 8192), (dataloader, "PIECE", 8192),
-                                    (prepare, "PARSED", 6000)):
+    for module, constant, value in ((prepare, "BLOCK", 4096), (readers, "BLOCK", 4096), (readers, "LONG", 20_000), (readers, "PIECE", 8192), (dataloader, "PIECE", 8192),
+                                    (readers, "PARSED", 6000)):
         monkeypatch.setattr(module, constant, value)
 
 
@@ -423,15 +424,15 @@ def test_a_damaged_parquet_and_gzip_keep_the_documents_before(tmp_path, small, m
 @pytest.mark.parametrize("block", [37, 4096])
 def test_a_long_json_line_gives_the_text_of_the_whole(monkeypatch, ascii, block):
     shrink(monkeypatch)
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     text = LONG_TEXT if ascii else dataloader.clean_text(LONG_TEXT)
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "Short."}, {"role": "user", "content": text[:5000]}]
     for record, source, expected in (({"id": "x" * 2000, "text": text, "other": [text]}, {}, text), ({"text": "short", "other": text}, {}, "short"),
                                      ({"messages": chat}, {"chat": "messages"}, f"User: {text}\n\nAssistant: Short.\n\nUser: {text[:5000]}")):
         for prefix in (b"", b"\xef\xbb\xbf"):
             line = bytearray(prefix + json.dumps(record, ensure_ascii=ascii).encode())
-            assert len(line) > prepare.PARSED
-            blocks = [dataloader.clean_text(block) for block in prepare.text_of(line, source)()]    # each alone: no pair is split
+            assert len(line) > readers.PARSED
+            blocks = [dataloader.clean_text(block) for block in readers.text_of(line, source)()]    # each alone: no pair is split
             assert "".join(blocks) == dataloader.clean_text(expected)
 
 
@@ -497,7 +498,7 @@ def test_a_long_document_is_encoded_in_pieces_to_the_tokens_of_the_whole_and_alw
 
 
 def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path, small, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "MAX_LINE", 1000)
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
     documents = [texts(1)[0], "x" * 999, "x" * 5000, "end"]
     config = replace(setup(tmp_path, small, web__jsonl=lines(documents)), val_fraction=0.0)
     prepare.tokenize(config)
@@ -508,10 +509,10 @@ def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path, small, monkeypat
 
 def test_chats_are_rendered_by_one_template():
     expected = "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello."
-    assert prepare.render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}, {"role": "assistant", "content": "Hello."}]) == expected
-    assert prepare.render_chat([{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]) == expected
+    assert readers.render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}, {"role": "assistant", "content": "Hello."}]) == expected
+    assert readers.render_chat([{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]) == expected
     with pytest.raises(ValueError, match="not a list of messages"):
-        prepare.render_chat([{"speaker": "user"}])
+        readers.render_chat([{"speaker": "user"}])
 
 
 # ---------------------------------------------------------------------------------------------------------------

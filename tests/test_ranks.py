@@ -4,7 +4,6 @@ Training on several ranks: any world size is one run. Reference: the same run on
 Ranks are forked from the test (no second import of torch) and talk over gloo on loopback; one test goes through torchrun itself.
 Run: python -m pytest tests/test_ranks.py
 """
-import json
 import multiprocessing
 import os
 import re
@@ -23,7 +22,7 @@ import train
 from conftest import ROOT, SMALL
 from model import PRESETS, PoE, checkpoint_steps, verify_checkpoint
 from muon import MuonAdamW, assign_owners
-from test_train import log_lines, same, weights
+from test_train import log_lines, weights
 
 fork = multiprocessing.get_context("fork")
 
