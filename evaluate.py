@@ -546,9 +546,11 @@ class Ranks:
 def open_slice(path, record, config, ranks):
     """The `Slice` that `config` asks for, over the data of the checkpoint `path` or of --data, with its settings for metrics.json."""
     folder, model = config.data if config.data is not None else record["train"]["data"], record["model"]
-    key = (folder, model["vocab_size"], model["sequence_len"])
+    key = (folder, model["vocab_size"], model["sequence_len"], record["tokenizer"]["sha256"])
     if key not in ranks.slices:
         data = open_data(folder, model["vocab_size"])
+        if data.tokenizer.sha256 != record["tokenizer"]["sha256"]:
+            raise ValueError(f"{folder or 'the embedded sample'} was tokenised with another tokenizer than {path}; use --data with its own")
         mix = data.val(model["sequence_len"])
         split = config.split_tokens or (SPLIT_TOKENS if data.path else mix.n_in_first_epoch() * mix.T)
         n_windows = validation_windows(mix, split)
@@ -557,10 +559,7 @@ def open_slice(path, record, config, ranks):
             raise ValueError(f"--wand-tokens {config.wand_tokens} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give from "
                              f"{mix.T} (one window) to {(n_windows - 1) * mix.T:,}, or raise --split-tokens")
         ranks.slices[key] = Slice(mix, n_windows, n_calibration, data.tokenizer)
-    part = ranks.slices[key]
-    if part.tokenizer.sha256 != record["tokenizer"]["sha256"]:
-        raise ValueError(f"{folder or 'the embedded sample'} was tokenised with another tokenizer than {path}; use --data with its own")
-    return part
+    return ranks.slices[key]
 
 
 def evaluate_checkpoint(path, config, ranks, progress=None):
@@ -611,7 +610,7 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
 # Tables
 
 Column = namedtuple("Column", "header path decimals better unit")          # better: -1 lower, +1 higher, 0 neither; unit: "", "%", "x", "+" (signed)
-Table = namedtuple("Table", "title columns lead note")                     # lead: how many first columns the reading speaks of
+Table = namedtuple("Table", "title columns lead note")                     # lead: the columns that the reading speaks of, a slice; None: no reading, no changes
 
 
 def get(value, path):
@@ -647,31 +646,31 @@ def make_tables(rows):
             column("Phase rel_it", "phase", "rel_it", decimals=0),
             bpb(f"Training-log val BPB ({scaled(log_tokens)} tokens)" if log_tokens else "Training-log val BPB", "train_log_bpb", "full"),
             bpb(f"Local-slice full K={K} BPB ({scaled(rows[-1]['tokens'])} tokens)" if rows[-1].get("tokens") else f"Local-slice full K={K} BPB", "bpb", "full"),
-        ], 3, ""),
+        ], slice(1, 3), ""),
         Table("Per-stage BPB", [full, *(bpb(f"single {s}", "bpb", "single", k) for k, s in enumerate(stages)),
-                                *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], K + 1, ""),
+                                *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], slice(1, K + 1), ""),
         Table("Per-stage standalone target accuracy", [*(column(s, "accuracy", "single", k, better=1) for k, s in enumerate(stages)),
-                                                       column("full", "accuracy", "full", better=1)], K + 1, ""),
+                                                       column("full", "accuracy", "full", better=1)], slice(None), ""),
         Table(f"Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)", [
             column("acceptance α", "speculative", "acceptance", better=1), column("mean accepted / 4", "speculative", "mean_accepted", decimals=2, better=1),
-            column("end-to-end speedup", "timings", "speculative", "speedup", decimals=2, better=1, unit="x")], 1, ""),
+            column("end-to-end speedup", "timings", "speculative", "speedup", decimals=2, better=1, unit="x")], slice(1), ""),
         Table(f"Confidence-aware routing (target_regression cap = {cap or 0.02:.3f})", [
             column("fraction routed to stage 0", "routing", "fraction", decimals=2, better=1, unit="%"),
             column("projected speedup", "routing", "projected_speedup", decimals=3, better=1, unit="x"),
-            column("base s0=full agreement", "routing", "base_agreement", better=1)], 3, ""),
+            column("base s0=full agreement", "routing", "base_agreement", better=1)], slice(None), ""),
         Table("WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)",
-              [column(f"bound {s}", "wand", "p99_bounds", k) for k, s in enumerate(steps)], K - 1, "Nats."),
+              [column(f"bound {s}", "wand", "p99_bounds", k) for k, s in enumerate(steps)], slice(None), "Nats."),
         Table("Bayesian PoE α-sweep (renormed BPB at α=0)", [
-            *(bpb(alphas.get(a, f"α={a}"), "alpha_sweep", a) for a in ("0", "0.25", "0.5", "0.75", "1")), gap], 6, ""),
+            *(bpb(alphas.get(a, f"α={a}"), "alpha_sweep", a) for a in ("0", "0.25", "0.5", "0.75", "1")), gap], slice(5, None), ""),
         Table("Adaptive depth on other text than calibrated it", [
-            *(column(f"exceedance {s}", "wand", "exceedance", k, decimals=4) for k, s in enumerate(steps)), *depth], 0,
+            *(column(f"exceedance {s}", "wand", "exceedance", k, decimals=4) for k, s in enumerate(steps)), *depth], None,
               "Share of positions that leave after each stage; violations among those that left early; agreement of all with full."),
         Table("Routing on other text than calibrated it", [
             column("threshold", "routing", "threshold"), column("oracle fraction", "routing", "oracle_fraction", decimals=2, better=1, unit="%"),
             column("agreement of the routed", "routing", "agreement", better=1), column("mean cost of the routed, nats", "routing", "mean_cost", better=-1),
             column("speedup at the card's cost 0.51", "routing", "projected_speedup_card", decimals=3, better=1, unit="x"),
             *(column(f"agreement with {curve['fraction']:.0%} leaving", "routing", "curve", i, "agreement")
-              for i, curve in enumerate(get(rows[-1], ("routing", "curve")) or ()) if i % 4 == 3 and curve["fraction"] is not None)], 0, ""),
+              for i, curve in enumerate(get(rows[-1], ("routing", "curve")) or ()) if i % 4 == 3 and curve["fraction"] is not None)], None, ""),
     ]
 
 
@@ -824,10 +823,11 @@ def read_trajectory(rows, phases):
                "below_reference": next((s for s, b in full_bpb if b < rows[0]["bpb"]["full"]), None),
                "negative_gaps": [step for step, g in gap if g < 0],
                "gap_changes_sign": [b[0] for a, b in zip(gap, gap[1:]) if (a[1] < 0) != (b[1] < 0)]}
-    lowest, reading["levels"] = math.inf, {}
-    for step, value in full_bpb:                                            # each 0.01 that a new low goes below, and where first
-        if lowest < math.inf:
-            reading["levels"] |= {f"{level / 100:.2f}": step for level in range(math.floor(100 * value) + 1, math.ceil(100 * lowest)) if value < level / 100}
+    lowest, reading["levels"] = math.inf, {}                                # {step: the lowest 0.01 that it was the first to go below}
+    for step, value in full_bpb:
+        level = (math.floor(100 * value) + 1) / 100
+        if value < level <= lowest < math.inf:
+            reading["levels"][step] = level
         lowest = min(lowest, value)
     reading["tables"] = {t.title: [{"column": c.header, **(v or {})} for c, v in zip(t.columns, found[t.title])] for t in tables}
 
@@ -874,7 +874,7 @@ def report(name, rows, phases, record, reading):
              markdown(["Branch", "Step", "Phase position", "Notes"], [[*branch(r, rows[0]), where(r), noted[r["step"]] or "—"] for r in rows]),
              "## Trajectory measurements"]
     for table in make_tables(rows):
-        if not has_values(table, rows) and table.lead == 0:
+        if not has_values(table, rows) and table.lead is None:
             continue
         header = ["Branch", "Step", *(c.header for c in table.columns)]
         lines.append(f"### {table.title}")
@@ -883,12 +883,14 @@ def report(name, rows, phases, record, reading):
             continue
         lines += [table.note] if table.note else []
         lines.append(markdown(header, [branch(r, rows[0]) + [shown(c, get(r, c.path)) for c in table.columns] for r in rows]))
+        if table.lead is None:
+            continue
         if len(rows) > 1:
             changing = [c for c in table.columns if c.path[0] != "phase"]
             lines.append(markdown(["Change", "Step", *(c.header for c in changing)], [
                 branch(row) + [f"{change_cell(c, row, before)} / {change_cell(c, row, rows[0])}" for c in changing] for before, row in zip(rows, rows[1:])]))
         found = reading["tables"][table.title]
-        told_lines = [told(c, f if "last" in f else None, seed.rstrip(",")) for c, f in list(zip(table.columns, found))[:table.lead] if c.path[0] != "phase"]
+        told_lines = [told(c, f if "last" in f else None, seed.rstrip(",")) for c, f in list(zip(table.columns, found))[table.lead]]
         if table.columns[-1].path == ("crossover_gap",):
             told_lines.append(f"- The product is better than the last stage alone (a negative gap) at {steps_text(reading['negative_gaps'])}; the gap changes "
                               f"sign at {steps_text(reading['gap_changes_sign'])}.")
@@ -921,8 +923,8 @@ def notes(rows, reading):
     for step, text in ((reading["below_entry"], "first below the entry"), (reading["below_reference"], "first below the first row's bpb")):
         if step is not None and step != rows[0]["step"]:
             found[step].append(text)
-    for level, step in reading["levels"].items():
-        found[step].append(f"first below {level}")
+    for step, level in reading["levels"].items():
+        found[step].append(f"first below {level:.2f}")
     for step in reading["gap_changes_sign"]:
         found[step].append("crossover gap negative" if step in reading["negative_gaps"] else "crossover gap positive again")
     return {step: "; ".join(texts) for step, texts in found.items()}
@@ -1007,7 +1009,7 @@ def draw(file, rows, phases):
         grid = np.unique(np.linspace(steps[0], max(steps[-1], steps[0] + 1), 400).round().astype(int))
         lrm = [learning_rate(phases[phase_index(phases, int(s))], int(s)) for s in grid if s >= phases[0].anchor]
         behind.fill_between(grid[-len(lrm):], lrm, color="0.9", linewidth=0)
-        behind.set(ylabel="lrm (shaded)", ylim=(0, 1.6 * max(lrm + [1e-9])))
+        behind.set(ylabel="lrm (shaded)", ylim=(0, 1.6 * max(lrm + [1e-9])), yticks=[0, round(max(lrm), 3)])
         axes[0, 0].set_zorder(behind.get_zorder() + 1)
         axes[0, 0].patch.set_visible(False)
     for k in range(K):
