@@ -41,7 +41,7 @@ from schedule import Phase, learning_rate, phase_index, position
 
 FORMAT = 1                      # of metrics.json
 SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibrates
-CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 27}        # (token, vocabulary) pairs of one array held at once: a CPU's cache; 256 MiB in bfloat16
+CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 26}        # (token, vocabulary) pairs of one array held at once: a CPU's cache; 128 MiB in bfloat16
 N_BLOCKS = 128                  # blocks of documents that carry the standard errors
 ALPHAS = (0.25, 0.5, 0.75, 1.0)                         # alpha = 0 is the full prefix
 MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form [SPEC 7.6]
@@ -61,8 +61,8 @@ def token_statistics(logits, targets, full):
     logits: K tensors (n, V), the heads' outputs before the softcap. targets: int64 (n,). full: with alpha, ranges, margins and agreement.
     With z_k = softcap(logits_k), log p_k is z_k less a constant of the position, so the score of a prefix is the mean of its z_k, up
     to a constant: argmaxes, margins and ranges need no normalisation, and logsumexp is taken of the mean itself (|z| < 15, so exp()
-    needs no maximum subtracted). Equal to model.combine by test; written so that one compiled kernel reads each logit once or twice
-    and holds no (n, V) array of its own.
+    needs no maximum subtracted). Equal to model.combine by test; written so that it compiles into one kernel that reads the logits twice
+    and keeps no (n, V) array but the K means.
     nats_single, nats_prefix, hits_single, hits_prefix: (n, K). nats_alpha: (n, 4). range, margin: nats (n, K - 1): of prefix k + 1 to
     k + 2, and top-1 less top-2 of prefix k + 1. agree: prefix k + 1 has full's argmax. confidence: (n, 1), s0's top probability.
     regret: (n, 1), log p_full(y) - log p_0(y). Ties of an argmax go to the lowest id.
@@ -373,7 +373,7 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
     sums, report = ({name: value.cpu().numpy() for name, value in d.items()} for d in (sums, report))
     metrics = slice_metrics(sums) | {"documents": int(part.documents.max()) + 1, "wand": None, "routing": None, "speculative": None}
     if K > 1:
-        metrics |= adaptive_metrics(report, found, cap, stage_bytes(model)) 
+        metrics |= adaptive_metrics(report, found, cap, stage_bytes(model))
         metrics["wand"]["tokens"] = int(kept["tokens"])
     return metrics
 
@@ -545,7 +545,8 @@ class Ranks:
 
 def open_slice(path, record, config, ranks):
     """The `Slice` that `config` asks for, over the data of the checkpoint `path` or of --data, with its settings for metrics.json."""
-    folder, model = config.data if config.data is not None else record["train"]["data"], record["model"]
+    run_data = get(read_object(path.parent / "config.json"), ("train", "data"))     # of a run that continues another on other data: one for all rows
+    folder, model = next(d for d in (config.data, run_data, record["train"]["data"]) if d is not None), record["model"]
     key = (folder, model["vocab_size"], model["sequence_len"], record["tokenizer"]["sha256"])
     if key not in ranks.slices:
         data = open_data(folder, model["vocab_size"])
@@ -569,7 +570,7 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
         raise ValueError(f"{path} is a checkpoint being written right now; wait until it is step-XXXXX")
     old, model, failure, start = read_object(path / "metrics.json"), None, None, time.time()
     try:
-        record = read_record(path)
+        record, phases = read_record(path), phases_of(path.parent, path)
         part = open_slice(path, record, config, ranks)
         settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
                     "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."), "samples": config.samples}
@@ -584,10 +585,13 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
     if not ranks.all_agree(device, failure is None):
         raise failure or ValueError(f"another rank could not read {path}; its own line says why")
     if not done:
-        loaded = time.time()
+        loaded, on_cuda = time.time(), device.type == "cuda"
+        weight_bytes = torch.cuda.memory_allocated(device) if on_cuda else None
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         with attention_backends(device), torch.compiler.set_stance("force_eager") if config.compile is False else nullcontext():
             measured = measure(model, part, config.device_batch_size, config.routing_cap, ranks.rank, ranks.world_size, progress)
-            seconds = time.time() - loaded
+            seconds, peak_bytes = time.time() - loaded, torch.cuda.max_memory_allocated(device) if on_cuda else None
             if not math.isfinite(measured["bpb"]["full"]):
                 raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
             samples, facts = probe(model, part.tokenizer) if config.samples and ranks.rank == 0 else (None, None)
@@ -595,12 +599,12 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
             if old.get("settings", {}).get("weights_sha256") == weights:    # sample.py's measurement of these weights stands
                 measured["speculative"] = old.get("speculative")
             old = {"format": FORMAT, "settings": {**settings, "weights_sha256": weights}, "step": record["step"],
-                   "phase": phase_position(phases_of(path.parent, path), record["step"]), **measured,
+                   "phase": phase_position(phases, record["step"]), **measured,
                    "train_log_bpb": train_log_bpb(path.parent, record["step"]), "samples": samples, "facts": facts}
             write_json(path / "metrics.json", old)
             write_json(path / "timings.json", read_object(path / "timings.json") | {"evaluate": {
                 "load_seconds": round(loaded - start, 2), "pass_seconds": round(seconds, 2), "world_size": ranks.world_size,
-                "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}})
+                "weight_bytes": weight_bytes, "peak_bytes": peak_bytes}})
     if ranks.rank == 0 and old["wand"]:
         write_bounds(path, old["wand"]["p99_bounds"])
     return {**old, "timings": read_object(path / "timings.json")}
