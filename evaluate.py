@@ -49,6 +49,7 @@ CURVE_SHARES = tuple(s / 20 for s in range(1, 21))      # shares of calibration 
 PROBE_TOKENS = 60
 PROBE = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
          "The opposite of hot is", "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is")
+FACTS = ("Paris", "Au", "79", "planets", "2")
 PLANETS = ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune")
 
 
@@ -614,7 +615,7 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
 # Tables
 
 Column = namedtuple("Column", "header path decimals better unit")          # better: -1 lower, +1 higher, 0 neither; unit: "", "%", "x", "+" (signed)
-Table = namedtuple("Table", "title columns lead note")                     # lead: the columns that the reading speaks of, a slice; None: no reading, no changes
+Table = namedtuple("Table", "title columns read")                          # read: the columns that the reading speaks of; None: no changes either
 
 
 def get(value, path):
@@ -628,9 +629,11 @@ def get(value, path):
 
 
 def make_tables(rows):
-    """The card's tables of numbers for rows with the same number of stages, in its order, then two more with what its protocol lacks."""
-    K, cap = len(rows[0]["bpb"]["single"]), get(rows[-1], ("routing", "cap"))
-    stages, log_tokens = [f"s{k}" for k in range(K)], get(rows[-1], ("train_log_bpb", "tokens"))
+    """The card's tables of numbers for rows with the same number of stages, in its order; then two for what its protocol lacks."""
+    last, K = rows[-1], len(rows[0]["bpb"]["single"])
+    stages, steps = [f"s{k}" for k in range(K)], [f"{k} → {k + 1}" for k in range(K - 1)]
+    sizes = [f" ({scaled(n)} tokens)" if n else "" for n in (get(last, ("train_log_bpb", "tokens")), last.get("tokens"))]
+    alphas = {"0": "α=0 (geom-mean)", "0.25": "α=0.25", "0.5": "α=0.5 (Bayesian √K)", "0.75": "α=0.75", "1": "α=1.0 (pure sum / Log-OP)"}
 
     def column(header, *path, decimals=4, better=0, unit=""):
         return Column(header, path, decimals, better, unit)
@@ -638,43 +641,45 @@ def make_tables(rows):
     def bpb(header, *path):
         return column(header, *path, decimals=6, better=-1)
 
-    full, gap = bpb(f"full K={K}", "bpb", "full"), column(f"crossover gap (α=0 vs single s{K - 1})", "crossover_gap", decimals=6, unit="+")
-    alphas = {"0": "α=0 (geom-mean)", "0.5": "α=0.5 (Bayesian √K)", "1": "α=1.0 (pure sum / Log-OP)"}
-    steps = [f"{k} → {k + 1}" for k in range(K - 1)]
-    depth = [table for form, name in ((("wand",), "p99"), (("wand", "margin"), "margin")) for table in (
-        *(column(f"{name} exits {s}", *form, "exit_fraction", k, decimals=2, unit="%") for k, s in enumerate(stages)),
-        column(f"{name} violations", *form, "violation_rate", decimals=6, better=-1), column(f"{name} agreement", *form, "agreement", decimals=6, better=1),
-        column(f"{name} speedup", *form, "projected_speedup", decimals=3, better=1, unit="x"))]
+    def share(header, *path, better=0):
+        return column(header, *path, decimals=2, better=better, unit="%")
+
+    def speedup(header, *path, decimals=3):
+        return column(header, *path, decimals=decimals, better=1, unit="x")
+
+    exits = [c for name, form in (("p99", ("wand",)), ("margin", ("wand", "margin"))) for c in (
+        *(share(f"{name} exits {s}", *form, "exit_fraction", k) for k, s in enumerate(stages)),
+        column(f"{name} violations", *form, "violation_rate", decimals=6, better=-1),
+        column(f"{name} agreement", *form, "agreement", decimals=6, better=1), speedup(f"{name} speedup", *form, "projected_speedup"))]
+    curve = [(i, point["fraction"]) for i, point in enumerate(get(last, ("routing", "curve")) or ()) if i % 4 == 3]
     return [
         Table("Per-checkpoint val BPB", [
-            column("Phase rel_it", "phase", "rel_it", decimals=0),
-            bpb(f"Training-log val BPB ({scaled(log_tokens)} tokens)" if log_tokens else "Training-log val BPB", "train_log_bpb", "full"),
-            bpb(f"Local-slice full K={K} BPB ({scaled(rows[-1]['tokens'])} tokens)" if rows[-1].get("tokens") else f"Local-slice full K={K} BPB", "bpb", "full"),
-        ], slice(1, 3), ""),
-        Table("Per-stage BPB", [full, *(bpb(f"single {s}", "bpb", "single", k) for k, s in enumerate(stages)),
-                                *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], slice(1, K + 1), ""),
-        Table("Per-stage standalone target accuracy", [*(column(s, "accuracy", "single", k, better=1) for k, s in enumerate(stages)),
-                                                       column("full", "accuracy", "full", better=1)], slice(None), ""),
+            column("Phase rel_it", "phase", "rel_it", decimals=0), bpb(f"Training-log val BPB{sizes[0]}", "train_log_bpb", "full"),
+            bpb(f"Local-slice full K={K} BPB{sizes[1]}", "bpb", "full")], slice(1, 3)),
+        Table("Per-stage BPB", [
+            bpb(f"full K={K}", "bpb", "full"), *(bpb(f"single {s}", "bpb", "single", k) for k, s in enumerate(stages)),
+            *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], slice(1, K + 1)),
+        Table("Per-stage standalone target accuracy", [
+            *(column(s, "accuracy", "single", k, better=1) for k, s in enumerate(stages)), column("full", "accuracy", "full", better=1)], slice(None)),
         Table(f"Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)", [
-            column("acceptance α", "speculative", "acceptance", better=1), column("mean accepted / 4", "speculative", "mean_accepted", decimals=2, better=1),
-            column("end-to-end speedup", "timings", "speculative", "speedup", decimals=2, better=1, unit="x")], slice(1), ""),
-        Table(f"Confidence-aware routing (target_regression cap = {cap or 0.02:.3f})", [
-            column("fraction routed to stage 0", "routing", "fraction", decimals=2, better=1, unit="%"),
-            column("projected speedup", "routing", "projected_speedup", decimals=3, better=1, unit="x"),
-            column("base s0=full agreement", "routing", "base_agreement", better=1)], slice(None), ""),
-        Table("WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)",
-              [column(f"bound {s}", "wand", "p99_bounds", k) for k, s in enumerate(steps)], slice(None), "Nats."),
+            column("acceptance α", "speculative", "acceptance", better=1),
+            column("mean accepted / 4", "speculative", "mean_accepted", decimals=2, better=1),
+            speedup("end-to-end speedup", "timings", "speculative", "speedup", decimals=2)], slice(1)),
+        Table(f"Confidence-aware routing (target_regression cap = {get(last, ('routing', 'cap')) or 0.02:.3f})", [
+            share("fraction routed to stage 0", "routing", "fraction", better=1), speedup("projected speedup", "routing", "projected_speedup"),
+            column("base s0=full agreement", "routing", "base_agreement", better=1)], slice(None)),
+        Table("WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)", [
+            column(f"bound {s}", "wand", "p99_bounds", k) for k, s in enumerate(steps)], slice(None)),
         Table("Bayesian PoE α-sweep (renormed BPB at α=0)", [
-            *(bpb(alphas.get(a, f"α={a}"), "alpha_sweep", a) for a in ("0", "0.25", "0.5", "0.75", "1")), gap], slice(5, None), ""),
-        Table("Adaptive depth on other text than calibrated it", [
-            *(column(f"exceedance {s}", "wand", "exceedance", k, decimals=4) for k, s in enumerate(steps)), *depth], None,
-              "Share of positions that leave after each stage; violations among those that left early; agreement of all with full."),
-        Table("Routing on other text than calibrated it", [
-            column("threshold", "routing", "threshold"), column("oracle fraction", "routing", "oracle_fraction", decimals=2, better=1, unit="%"),
-            column("agreement of the routed", "routing", "agreement", better=1), column("mean cost of the routed, nats", "routing", "mean_cost", better=-1),
-            column("speedup at the card's cost 0.51", "routing", "projected_speedup_card", decimals=3, better=1, unit="x"),
-            *(column(f"agreement with {curve['fraction']:.0%} leaving", "routing", "curve", i, "agreement")
-              for i, curve in enumerate(get(rows[-1], ("routing", "curve")) or ()) if i % 4 == 3 and curve["fraction"] is not None)], None, ""),
+            *(bpb(header, "alpha_sweep", a) for a, header in alphas.items()),
+            column(f"crossover gap (α=0 vs single s{K - 1})", "crossover_gap", decimals=6, unit="+")], slice(5, None)),
+        Table("Adaptive depth, on other text than calibrated it", [
+            *(column(f"exceedance {s}", "wand", "exceedance", k) for k, s in enumerate(steps)), *exits], None),
+        Table("Routing, on other text than calibrated it", [
+            column("threshold", "routing", "threshold"), share("oracle fraction", "routing", "oracle_fraction"),
+            column("agreement of the routed", "routing", "agreement"), column("mean cost of the routed, nats", "routing", "mean_cost"),
+            speedup("speedup at the card's cost 0.51", "routing", "projected_speedup_card"),
+            *(column(f"agreement with {fraction:.0%} leaving", "routing", "curve", i, "agreement") for i, fraction in curve)], None),
     ]
 
 
@@ -694,24 +699,19 @@ def shown(column, value, change=False):
     return f"{value:{sign},.{column.decimals}f}{'x' if column.unit == 'x' and not change else ''}"
 
 
-def block_values(row, path):
-    """Sums per block, float64 (G,), that metrics.json keeps at a path of `blocks`; None where there are none."""
-    text = get(row.get("blocks"), path)
-    return np.array(text.split(), dtype=np.float64) if isinstance(text, str) else None
-
-
 def change(column, row, base):
     """(value of `row` - value of `base`, its standard error): None where not measured, or no error known.
 
-    bpb on the same slice: paired per block of documents. Other rates: the root of the sum of squares, which is too large rather than too
-    small, because both come from the same text.
+    bpb on the same slice: paired, per block of documents. Other rates: the root of the sum of squares, which is too large rather than
+    too small, because both come from the same text.
     """
     value, other = get(row, column.path), get(base, column.path)
     if value is None or other is None:
         return None, None
-    nats = [block_values(r, column.path) for r in (row, base)]
-    if all(n is not None for n in nats) and row["settings"]["slice_sha256"] == base["settings"]["slice_sha256"]:
-        return value - other, ratio((nats[0] - nats[1]) / math.log(2), block_values(row, ("bytes",)))[1]
+    blocks = [get(r.get("blocks"), column.path) for r in (row, base)]
+    if None not in blocks and row["settings"]["slice_sha256"] == base["settings"]["slice_sha256"]:
+        nats, other_nats, n_bytes = (np.array(text.split(), dtype=np.float64) for text in (*blocks, row["blocks"]["bytes"]))
+        return value - other, ratio((nats - other_nats) / math.log(2), n_bytes)[1]
     named = max(i for i, key in enumerate(column.path) if isinstance(key, str))
     errors = [get(r, [f"{key}_stderr" if i == named else key for i, key in enumerate(column.path)]) for r in (row, base)]
     return value - other, math.hypot(*errors) if None not in errors else None
@@ -726,13 +726,16 @@ def judged(column, delta, stderr):
     return {1: "better", -1: "worse"}[column.better * (1 if delta > 0 else -1)] if column.better else "up" if delta > 0 else "down"
 
 
-def branch(row, reference=None):
-    """The first cells of a row: its branch and step, marked where it is the seed."""
-    return [f"`step-{row['step']:05d}`" + (" (seed)" if reference is row and is_seed(row) else ""), f"{row['step']:,}"]
+def step_name(step):
+    return f"`step-{step:05d}`"
 
 
-def is_seed(row):
-    return get(row, ("phase", "rel_it")) == 0
+def step_names(steps):
+    return ", ".join(map(step_name, steps)) if steps else "none"
+
+
+def has_values(table, rows):
+    return any(get(row, column.path) is not None for row in rows for column in table.columns if column.path[0] != "phase")
 
 
 def markdown(header, rows):
@@ -741,70 +744,36 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
 
 
-def plain_tables(rows):
-    """The card's tables of rows with the same number of stages, without changes: Markdown."""
-    return "\n\n".join(f"### {t.title}\n\n" + markdown(["Branch", "Step", *(c.header for c in t.columns)],
-                                                       [branch(r) + [shown(c, get(r, c.path)) for c in t.columns] for r in rows])
-                       for t in make_tables(rows) if has_values(t, rows))
-
-
-def has_values(table, rows):
-    return any(get(row, column.path) is not None for row in rows for column in table.columns if column.path[0] != "phase")
+def value_table(table, rows, mark=lambda row: ""):
+    """The card's form of a table: a row per checkpoint, without changes. mark: what to write behind a row's branch."""
+    return markdown(["Branch", "Step", *(c.header for c in table.columns)],
+                    [[step_name(r["step"]) + mark(r), f"{r['step']:,}", *(shown(c, get(r, c.path)) for c in table.columns)] for r in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The trajectory, read by rule
 
 def series(column, rows, after_warmup):
-    """What the rows say of one column: JSON of the last value, its changes, and extremes and records after the warmup of the phase.
+    """What the rows say of one column, as JSON, or None where none has it. after_warmup: steps that make envelope and records.
 
     A record is a row after the warmup that is better than every earlier such row (lower, where neither is better). in_a_row: how many
-    changes up to the last row went the better way. setback: the largest change the other way between rows after the warmup.
+    changes up to the last row went the better way. setback: the largest change the other way between two of these rows.
     """
     measured = [row for row in rows if get(row, column.path) is not None]
     if not measured:
         return None
-    last, sign = measured[-1], column.better or -1
-    found = {"step": last["step"], "last": get(last, column.path)}
-    for name, base in (("reference", rows[0]), ("previous", measured[-2] if len(measured) > 1 else None)):
-        delta, stderr = change(column, last, base) if base and base is not last else (None, None)
-        found[f"vs_{name}"] = {"step": base and base["step"], "change": delta, "stderr": stderr, "judged": judged(column, delta, stderr)}
+    last, sign, found = measured[-1], column.better or -1, {}
+    for name, base in (("reference", rows[0]), ("previous", measured[-2] if len(measured) > 1 else rows[0])):
+        delta, stderr = change(column, last, base) if base is not last else (None, None)
+        found[f"vs_{name}"] = {"step": base["step"], "change": delta, "stderr": stderr, "judged": judged(column, delta, stderr)}
     points = [(row["step"], get(row, column.path)) for row in measured if row["step"] in after_warmup]
-    records = [point for i, point in enumerate(points) if i and all(sign * point[1] > sign * p[1] for p in points[:i])]
-    steps_on = [(b[0], b[1] - a[1]) for a, b in zip(points, points[1:])]
-    in_a_row = next((i for i, (_, delta) in enumerate(reversed(steps_on)) if sign * delta <= 0), len(steps_on))
-    setback = min(steps_on, key=lambda s: sign * s[1], default=None)
-    return found | {"low": min(points, key=lambda p: p[1], default=None), "high": max(points, key=lambda p: p[1], default=None),
-                    "records": [step for step, _ in records], "in_a_row": in_a_row, "setback": setback if setback and sign * setback[1] < 0 else None}
-
-
-def told(column, found, seed):
-    """One line of a table's reading, from `series`."""
-    if found is None:
-        return f"- {column.header}: not measured."
-    def against(name, of):
-        delta, stderr, verdict = (of[key] for key in ("change", "stderr", "judged"))
-        doubt = "no standard error given" if stderr is None else f"s.e. {shown(column, stderr).lstrip('+')}, {'noise' if verdict == 'noise' else 'beyond noise'}"
-        return f"{shown(column, delta, True)} against {name} ({doubt})"
-    parts = [f"{shown(column, found['last'])} at `step-{found['step']:05d}`"]
-    if found["vs_reference"]["change"] is not None:
-        parts.append(against(seed, found["vs_reference"]))
-    if found["vs_previous"]["change"] is not None and found["vs_previous"]["step"] != found["vs_reference"]["step"]:
-        parts.append(against(f"`step-{found['vs_previous']['step']:05d}`", found["vs_previous"]))
-    text, word = "; ".join(parts) + ".", "high" if column.better > 0 else "low"
-    if found["low"] and found["low"] != found["high"]:
-        text += f" Envelope {shown(column, found['low'][1])} (`step-{found['low'][0]:05d}`) to {shown(column, found['high'][1])} (`step-{found['high'][0]:05d}`)."
-        if found["records"]:
-            text += f" New {word}s: {steps_text(found['records'])}."
-        if found["in_a_row"] > 1:
-            text += f" {found['in_a_row']} {'rises' if column.better > 0 else 'descents'} in a row."
-        if found["setback"] and column.better:
-            text += f" Largest {'drop' if column.better > 0 else 'rise'}: {shown(column, found['setback'][1], True)} at `step-{found['setback'][0]:05d}`."
-    return f"- {column.header}: {text}"
-
-
-def steps_text(steps):
-    return ", ".join(f"`step-{step:05d}`" for step in steps) if steps else "none"
+    changes = [(b[0], b[1] - a[1]) for a, b in zip(points, points[1:])]
+    setback = min(changes, key=lambda c: sign * c[1], default=(None, 0.0))
+    return {"step": last["step"], "last": get(last, column.path), **found,
+            "low": min(points, key=lambda p: p[1], default=None), "high": max(points, key=lambda p: p[1], default=None),
+            "records": [p[0] for i, p in enumerate(points) if i and all(sign * p[1] > sign * q[1] for q in points[:i])],
+            "in_a_row": next((i for i, (_, delta) in enumerate(reversed(changes)) if sign * delta <= 0), len(changes)),
+            "setback": setback if sign * setback[1] < 0 else None}
 
 
 def read_trajectory(rows, phases):
@@ -816,222 +785,228 @@ def read_trajectory(rows, phases):
     than the reference beyond two standard errors (by sign alone where none are given) and more are better than worse; regression where
     the same holds of worse; else null.
     """
-    tables, phase = make_tables(rows), phases[-1] if phases else None
+    phase, K = phases[-1] if phases else None, len(rows[0]["bpb"]["single"])
     after = [row for row in rows if phase is None or row["step"] - phase.anchor >= phase.warmup_steps]
-    steps_after = {row["step"] for row in after}
-    found = {table.title: [series(column, rows, steps_after) for column in table.columns] for table in tables}
-    columns = {column.path: (column, value) for table in tables for column, value in zip(table.columns, found[table.title])}
-    full_bpb, gap = [(row["step"], row["bpb"]["full"]) for row in after], [(row["step"], row["crossover_gap"]) for row in rows]
-    reading = {"kind": "trajectory", "reference": rows[0]["step"], "seed": is_seed(rows[0]), "last": rows[-1]["step"],
-               "entry": full_bpb[0][0] if after else None, "below_entry": next((s for s, b in full_bpb if b < full_bpb[0][1]), None),
-               "below_reference": next((s for s, b in full_bpb if b < rows[0]["bpb"]["full"]), None),
-               "negative_gaps": [step for step, g in gap if g < 0],
-               "gap_changes_sign": [b[0] for a, b in zip(gap, gap[1:]) if (a[1] < 0) != (b[1] < 0)]}
-    lowest, reading["levels"] = math.inf, {}                                # {step: the lowest 0.01 that it was the first to go below}
-    for step, value in full_bpb:
+    found = {path_name(c): series(c, rows, {row["step"] for row in after}) for table in make_tables(rows) for c in table.columns}
+    full, gaps = [(row["step"], row["bpb"]["full"]) for row in after], [(row["step"], row["crossover_gap"]) for row in rows]
+    levels, lowest = {}, math.inf                                           # {step: the lowest 0.01 that it was the first to go below}
+    for step, value in full:
         level = (math.floor(100 * value) + 1) / 100
         if value < level <= lowest < math.inf:
-            reading["levels"][step] = level
+            levels[step] = level
         lowest = min(lowest, value)
-    reading["tables"] = {t.title: [{"column": c.header, **(v or {})} for c, v in zip(t.columns, found[t.title])] for t in tables}
+    reading = {"kind": "trajectory", "reference": rows[0]["step"], "seed": get(rows[0], ("phase", "rel_it")) == 0, "last": rows[-1]["step"],
+               "entry": full[0][0] if full else None, "below_entry": next((step for step, b in full if b < full[0][1]), None),
+               "below_reference": next((step for step, b in full if b < rows[0]["bpb"]["full"]), None), "levels": levels,
+               "negative_gaps": [step for step, gap in gaps if gap < 0],
+               "gap_changes_sign": [b[0] for a, b in zip(gaps, gaps[1:]) if (a[1] < 0) != (b[1] < 0)],
+               "noise_known": get(rows[-1], ("blocks", "bytes")) is not None, "series": found}
 
-    def verdict_on(*paths):
-        return [columns[path][1]["vs_reference"]["judged"] if path in columns and columns[path][1] else None for path in paths]
+    def against_reference(*names):
+        return [found[name]["vs_reference"]["judged"] if found.get(name) else None for name in names]
 
-    K = len(rows[0]["bpb"]["single"])
-    reading["questions"] = {
-        "descent": verdict_on(("bpb", "full"))[0], "stages": verdict_on(*(("bpb", "single", k) for k in range(K))),
-        "accuracy": verdict_on(("accuracy", "full"))[0], "routing": verdict_on(("routing", "fraction"))[0],
-        "acceptance": verdict_on(("speculative", "acceptance"))[0],
-        "bounds": [{"up": "wider", "down": "narrower"}.get(v, v) for v in verdict_on(*(("wand", "p99_bounds", k) for k in range(K - 1)))],
-        "facts": {fact: [row["facts"][fact] for row in rows if row.get("facts")] for fact in ("Paris", "Au", "79", "planets", "2")}}
-    asked = reading["questions"]
-    stages = asked["stages"][0] if K > 1 and len(set(asked["stages"])) == 1 else "noise" if K > 1 else None
-    votes = [asked["descent"], stages, asked["accuracy"], asked["routing"], asked["acceptance"]]
-    better, worse = votes.count("better"), votes.count("worse")
-    reading["votes"] = {"better": better, "worse": worse, "noise": votes.count("noise")}
-    reading["verdict"] = None if asked["descent"] is None else "win" if votes[0] == "better" and better >= 2 and better > worse else \
-        "regression" if votes[0] == "worse" and worse >= 2 and worse > better else "null"
-    reading["noise_known"] = get(rows[-1], ("blocks", "bytes")) is not None
+    full, accuracy, routing, acceptance = against_reference("bpb.full", "accuracy.full", "routing.fraction", "speculative.acceptance")
+    stages, bounds = (against_reference(*(f"{name}.{k}" for k in range(n))) for name, n in (("bpb.single", K), ("wand.p99_bounds", K - 1)))
+    reading["questions"] = {"descent": full, "stages": stages, "accuracy": accuracy, "routing": routing, "acceptance": acceptance,
+                            "bounds": [{"up": "wider", "down": "narrower"}.get(bound, bound) for bound in bounds],
+                            "facts": {fact: [row["facts"][fact] for row in rows if row.get("facts")] for fact in FACTS}}
+    together = None if K == 1 else stages[0] if len(set(stages)) == 1 else "noise"
+    votes = [full, together, accuracy, routing, acceptance]
+    better, worse, noise = (votes.count(word) for word in ("better", "worse", "noise"))
+    reading |= {"votes": {"better": better, "worse": worse, "noise": noise}, "verdict": None if full is None else
+                "win" if full == "better" and better > max(1, worse) else "regression" if full == "worse" and worse > max(1, better) else "null"}
     if phase and len(after) > 1:
-        points = np.array(full_bpb[-3:])
-        slope = float(np.polyfit(points[:, 0] - points[-1, 0], points[:, 1], 1)[0])
-        remaining = max(0, phase.end - rows[-1]["step"])
-        reading |= {"rate_per_2000_steps": 2000 * slope, "rate_over": [int(points[0, 0]), int(points[-1, 0])], "remaining_steps": remaining,
-                    "end": phase.end, "projection": rows[-1]["bpb"]["full"] + slope * remaining}
+        points = np.array([(row["step"], row["bpb"]["full"]) for row in after[-3:]])
+        slope, remaining = float(np.polyfit(points[:, 0] - points[-1, 0], points[:, 1], 1)[0]), max(0, phase.end - rows[-1]["step"])
+        reading |= {"rate_per_2000_steps": 2000 * slope, "rate_since": after[-3:][0]["step"], "remaining_steps": remaining, "end": phase.end,
+                    "projection": rows[-1]["bpb"]["full"] + slope * remaining}
     return reading
 
 
-def report(name, rows, phases, record, reading):
-    """TRAJECTORY.md of a run as text: the card's ten tables, the changes of each figure, and their reading in plain words."""
-    seed = "the seed" if reading["seed"] else f"`step-{rows[0]['step']:05d}`, the first row,"
-    last, K, noted = rows[-1], len(rows[0]["bpb"]["single"]), notes(rows, reading)
-    settings = last.get("settings") or {}
-    lines = [f"# Trajectory of {name}",
-             f"{len(rows)} checkpoints, `step-{rows[0]['step']:05d}` to `step-{last['step']:05d}`, {K} stage{'s'[:K > 1]}, measured by `python evaluate.py`"
-             + (f" on {settings['split_tokens']:,} tokens of validation text (sha256 {settings['slice_sha256'][:12]}), {settings['wand_tokens']:,} of which "
-                f"calibrate bounds and thresholds." if settings.get("slice_sha256") else "."),
-             "Below each table: the change of each figure against the previous row / against " + seed.rstrip(",") + ". "
-             + ("≈ marks a change within two standard errors: noise. Those of bpb are paired by document." if reading["noise_known"]
-                else "No standard error is given in these measurements, so none of the changes can be told from noise."),
-             "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)", "## Schedule", schedule_table(phases, record), "## Branches",
-             markdown(["Branch", "Step", "Phase position", "Notes"], [[*branch(r, rows[0]), where(r), noted[r["step"]] or "—"] for r in rows]),
-             "## Trajectory measurements"]
-    for table in make_tables(rows):
-        if not has_values(table, rows) and table.lead is None:
-            continue
-        header = ["Branch", "Step", *(c.header for c in table.columns)]
-        lines.append(f"### {table.title}")
-        if not has_values(table, rows):
-            lines.append("Not measured." if K > 1 or "specul" not in table.title else "One stage: it has no draft.")
-            continue
-        lines += [table.note] if table.note else []
-        lines.append(markdown(header, [branch(r, rows[0]) + [shown(c, get(r, c.path)) for c in table.columns] for r in rows]))
-        if table.lead is None:
-            continue
-        if len(rows) > 1:
-            changing = [c for c in table.columns if c.path[0] != "phase"]
-            lines.append(markdown(["Change", "Step", *(c.header for c in changing)], [
-                branch(row) + [f"{change_cell(c, row, before)} / {change_cell(c, row, rows[0])}" for c in changing] for before, row in zip(rows, rows[1:])]))
-        found = reading["tables"][table.title]
-        told_lines = [told(c, f if "last" in f else None, seed.rstrip(",")) for c, f in list(zip(table.columns, found))[table.lead]]
-        if table.columns[-1].path == ("crossover_gap",):
-            told_lines.append(f"- The product is better than the last stage alone (a negative gap) at {steps_text(reading['negative_gaps'])}; the gap changes "
-                              f"sign at {steps_text(reading['gap_changes_sign'])}.")
-        lines += ["\n".join(told_lines)] if told_lines else []
-    return "\n\n".join([*lines, "### Sample-mode probe (FULL K=%d, greedy, %d tokens, 7-prompt fixed set)" % (K, PROBE_TOKENS), sample_table(rows),
-                        "## Reading the table", *answers(rows, reading, seed.rstrip(","))]) + "\n"
+def path_name(column):
+    """A column's key in the reading: bpb.single.0."""
+    return ".".join(map(str, column.path))
 
 
-def change_cell(column, row, base):
-    delta, stderr = change(column, row, base)
-    return shown(column, delta, True) + ("≈" if stderr is not None and judged(column, delta, stderr) == "noise" else "")
+def told(column, found, seed):
+    """One line of a table's reading, from its `series`."""
+    if found is None:
+        return f"- {column.header}: not measured."
+    text = f"{shown(column, found['last'])} at {step_name(found['step'])}"
+    for name, of in ((seed, found["vs_reference"]), (step_name(found["vs_previous"]["step"]), found["vs_previous"])):
+        if of["change"] is not None and not (of is found["vs_previous"] and of["step"] == found["vs_reference"]["step"]):
+            doubt = "no standard error given" if of["stderr"] is None else \
+                f"s.e. {shown(column, of['stderr']).lstrip('+')}, {'noise' if of['judged'] == 'noise' else 'beyond noise'}"
+            text += f"; {shown(column, of['change'], True)} against {name} ({doubt})"
+    text, word, way, back = text + ".", *(("high", "rises", "drop") if column.better > 0 else ("low", "descents", "rise"))
+    if found["low"] and found["low"] != found["high"]:
+        low, high = (f"{shown(column, found[end][1])} ({step_name(found[end][0])})" for end in ("low", "high"))
+        text += f" Envelope {low} to {high}."
+        text += f" New {word}s: {step_names(found['records'])}." if found["records"] else ""
+        text += f" {found['in_a_row']} {way} in a row." if found["in_a_row"] > 1 else ""
+        if found["setback"] and column.better:
+            text += f" Largest {back}: {shown(column, found['setback'][1], True)} at {step_name(found['setback'][0])}."
+    return f"- {column.header}: {text}"
 
 
-def where(row):
-    """A row's phase position in words."""
-    phase = row["phase"]
-    return f"rel_it = {phase['rel_it']:,} ({phase['position']} +{phase['offset']:,}, lrm = {phase['lrm']:.3f})" if phase else "—"
+def answers(rows, reading, seed):
+    """The six questions of the card, the verdict and the projection: Markdown paragraphs."""
+    asked, vote, columns = reading["questions"], reading["votes"], {path_name(c): c for table in make_tables(rows) for c in table.columns}
+    words = {"better": "yes", "worse": "no", "noise": "no, within noise", None: "not measured"}
+
+    def answer(verdict, name):
+        found = reading["series"].get(name)
+        by = shown(columns[name], found["vs_reference"]["change"], True) if found else "—"
+        return words[verdict] + (f" ({by} at {step_name(found['step'])})" if by != "—" else "")
+    facts = [f"{fact} {'never graded' if not found else 'always' if all(found) else 'never' if not any(found) else f'in {sum(found)} of {len(found)} rows'}"
+             for fact, found in asked["facts"].items()]
+    paragraphs = ["\n".join([
+        f"1. **BPB descent**, full bpb below {seed}: {answer(asked['descent'], 'bpb.full')}.",
+        f"2. **Per-stage refinement**, each stage's own bpb below {seed}: {', '.join(f's{k} {words[v]}' for k, v in enumerate(asked['stages']))}.",
+        f"3. **Routing margin**, more positions left to s0: {answer(asked['routing'], 'routing.fraction')}.",
+        f"4. **Acceptance** of s0's drafts grown: {answer(asked['acceptance'], 'speculative.acceptance')}.",
+        f"5. **WAND bounds**: {', '.join(f'{k} → {k + 1} {v}' for k, v in enumerate(asked['bounds']) if v) or 'not measured'}.",
+        f"6. **Facts** (by substring): {'; '.join(facts)}."])]
+    if reading["verdict"] and len(rows) > 1:
+        paragraphs.append(
+            f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. Of full bpb, stage bpb, accuracy, routing "
+            f"and acceptance, {vote['better']} are better, {vote['worse']} worse, {vote['noise']} within noise or mixed."
+            f"{'' if reading['noise_known'] else ' No standard errors were given: signs alone decide.'} A win or a regression needs full bpb and a majority "
+            f"on its side; everything else is null.")
+    if "projection" in reading:
+        goes_on = f"; drawn on in a straight line, which knows nothing of the schedule, it ends at {reading['projection']:.4f}, " \
+                  f"{reading['projection'] - rows[0]['bpb']['full']:+.4f} against {seed}."
+        paragraphs.append(f"**Projection**: full bpb changes by {reading['rate_per_2000_steps']:+.6f} per 2,000 steps (line through {step_name(reading['rate_since'])} to "
+                          f"{step_name(reading['last'])}). {reading['remaining_steps']:,} steps remain to {reading['end']:,}"
+                          + (goes_on if reading["remaining_steps"] else ": the phase is complete."))
+    return paragraphs
 
 
 def notes(rows, reading):
     """What stands out at each step, {step: text}, from the reading."""
-    found, table = {row["step"]: [] for row in rows}, reading["tables"]
-    if reading["seed"]:
-        found[rows[0]["step"]].append("seed: the last checkpoint of the phase before")
-    if reading["entry"] is not None:
-        found[reading["entry"]].append("first after the warmup")
-    for title, index, text in (("Per-stage BPB", 0, "new low of full bpb"), ("Per-stage standalone target accuracy", -1, "new high of full accuracy")):
-        for step in table[title][index].get("records", ()):
-            found[step].append(text)
-    for step, text in ((reading["below_entry"], "first below the entry"), (reading["below_reference"], "first below the first row's bpb")):
-        if step is not None and step != rows[0]["step"]:
-            found[step].append(text)
+    found, negative = {row["step"]: [] for row in rows}, reading["negative_gaps"]
+    for steps, text in (([reading["reference"]] if reading["seed"] else [], "seed: the last checkpoint of the phase before"),
+                        ([reading["entry"]], "first after the warmup"), (reading["series"]["bpb.full"]["records"], "new low of full bpb"),
+                        (reading["series"]["accuracy.full"]["records"], "new high of full accuracy"), ([reading["below_entry"]], "first below the entry"),
+                        ([s for s in reading["gap_changes_sign"] if s in negative], "crossover gap negative"),
+                        ([s for s in reading["gap_changes_sign"] if s not in negative], "crossover gap positive again")):
+        for step in steps:
+            if step is not None:
+                found[step].append(text)
     for step, level in reading["levels"].items():
         found[step].append(f"first below {level:.2f}")
-    for step in reading["gap_changes_sign"]:
-        found[step].append("crossover gap negative" if step in reading["negative_gaps"] else "crossover gap positive again")
-    return {step: "; ".join(texts) for step, texts in found.items()}
+    return {step: "; ".join(texts) or "—" for step, texts in found.items()}
 
 
 def schedule_table(phases, record):
     """The card's table of the schedule's parameters, newest phase first."""
-    if not phases:
-        return "No phase table was found."
-    train, table = record.get("train") or {}, record.get("phases") or []
-    T = get(record, ("model", "sequence_len"))
-    rows = [["token budget", *(f"{scaled(p.num_steps * row['batch'] * T)}" if T and row.get("batch") else "—" for p, row in zip(phases, table))],
-            ["total steps in phase", *(f"{p.num_steps:,}" for p in phases)], ["warmup steps", *(f"{p.warmup_steps:,}" for p in phases)],
-            ["peak `lrm`", *(f"{p.peak_lrm:g}" for p in phases)], ["warmdown ratio", *(f"{p.warmdown_ratio:g}" for p in phases)],
-            ["final `lrm`", *(f"{p.final_lrm:g}" for p in phases)], ["anchor step", *(f"{p.anchor:,}" for p in phases)]]
+    train, T = record.get("train") or {}, get(record, ("model", "sequence_len"))
+    batches = [row.get("batch") for row in record.get("phases") or []]
+    rows = [["token budget", *(scaled(p.num_steps * batch * T) if T and batch else "—" for p, batch in zip(phases, batches))]]
+    for text, value in (("total steps in phase", lambda p: f"{p.num_steps:,}"), ("warmup steps", lambda p: f"{p.warmup_steps:,}"),
+                        ("peak `lrm`", lambda p: f"{p.peak_lrm:g}"), ("warmdown ratio", lambda p: f"{p.warmdown_ratio:g}"),
+                        ("final `lrm`", lambda p: f"{p.final_lrm:g}"), ("anchor step", lambda p: f"{p.anchor:,}")):
+        rows.append([text, *map(value, phases)])
     rows += [[f"effective `{name}` peak", *(f"{train[name] * p.peak_lrm:g}" for p in phases)] for name in ("matrix_lr", "embedding_lr", "unembedding_lr") if name in train]
-    return markdown(["param", *reversed([f"phase {i + 1}" for i in range(len(phases))])], [[row[0], *reversed(row[1:])] for row in rows])
+    return markdown(["param", *(f"phase {i + 1}" for i in reversed(range(len(phases))))], [[row[0], *reversed(row[1:])] for row in rows])
 
 
-def sample_table(rows):
+def sample_table(rows, mark):
     """The card's table of the sample-mode probe, graded by substring; pending where it was not run."""
-    def mark(row, *facts):
+    def grade(row, *facts):
         return " ".join(f"{fact} {'✓' if row['facts'][fact] else '✗'}" for fact in facts) if row.get("facts") else "pending"
-
-    def planets(row):
-        return mark(row, "planets") + (f" ({row['facts']['planets_named']} of 8)" if get(row, ("facts", "planets_named")) is not None else "")
-    return markdown(["Branch", "Step", "France", "Gold (Au + atomic # 79)", "Planets list", "Algebra `5x+3=13` (correct: 2)"],
-                    [[*branch(r, rows[0]), mark(r, "Paris"), mark(r, "Au", "79"), planets(r), mark(r, "2")] for r in rows])
+    return markdown(["Branch", "Step", "France", "Gold (Au + atomic # 79)", "Planets list", "Algebra `5x+3=13` (correct: 2)"], [
+        [step_name(r["step"]) + mark(r), f"{r['step']:,}", grade(r, "Paris"), grade(r, "Au", "79"),
+         grade(r, "planets") + (f" ({r['facts']['planets_named']} of 8)" if get(r, ("facts", "planets_named")) is not None else ""), grade(r, "2")] for r in rows])
 
 
-def answers(rows, reading, seed):
-    """The six questions, the verdict and the projection, a list of Markdown paragraphs."""
-    asked, last = reading["questions"], f"`step-{reading['last']:05d}`"
-    tables = make_tables(rows)
-    words = {"better": "yes", "worse": "no", "noise": "no: within noise", None: "not measured"}
+def report(name, rows, phases, record, reading):
+    """TRAJECTORY.md of a run as text: the card's ten tables, the changes of each figure, and their reading in plain words."""
+    K, settings, noted = len(rows[0]["bpb"]["single"]), rows[-1].get("settings") or {}, notes(rows, reading)
+    seed = "the seed" if reading["seed"] else f"the first row ({step_name(rows[0]['step'])})"
 
-    def of(path):
-        c = next(c for t in tables for c in t.columns if c.path == path)
-        found = next((f for t in tables for c, f in zip(t.columns, reading["tables"][t.title]) if c.path == path), {})
-        return f" ({shown(c, found['vs_reference']['change'], True)} at {last})" if found.get("vs_reference", {}).get("change") is not None else ""
-    facts = [f"{fact}: {'never graded' if not found else 'always' if all(found) else 'never' if not any(found) else f'{sum(found)} of {len(found)} rows'}"
-             for fact, found in asked["facts"].items()]
-    stages = [f"s{k} {words[v].split(':')[0] if v != 'noise' else 'noise'}" for k, v in enumerate(asked["stages"])]
-    lines = [f"1. **BPB descent** past {seed}: {words[asked['descent']]}{of(('bpb', 'full'))}.",
-             f"2. **Per-stage refinement**, each stage's own bpb below {seed}: {', '.join(stages)}.",
-             f"3. **Routing margin** grown: {words[asked['routing']]}{of(('routing', 'fraction')) if asked['routing'] else ''}.",
-             f"4. **Acceptance** grown: {words[asked['acceptance']]}{of(('speculative', 'acceptance')) if asked['acceptance'] else ''}.",
-             f"5. **WAND bounds**: {', '.join(f'{k} → {k + 1} {v}' for k, v in enumerate(asked['bounds']) if v) or 'not measured'}.",
-             f"6. **Facts**: {'; '.join(facts)}."]
-    vote, doubt = reading["votes"], "" if reading["noise_known"] else " No standard errors were given: signs alone decide."
-    paragraphs = ["\n".join(lines)]
-    if reading["verdict"] and len(rows) > 1:
-        paragraphs.append(f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. Of full bpb, stage bpb, accuracy, routing and "
-                          f"acceptance, {vote['better']} are better, {vote['worse']} worse, {vote['noise']} within noise or mixed.{doubt} A win or a regression needs full bpb "
-                          f"and a majority on its side; everything else is null.")
-    if "projection" in reading:
-        paragraphs.append(f"**Projection**: full bpb changes by {reading['rate_per_2000_steps']:+.6f} per 2,000 steps (line through `step-{reading['rate_over'][0]:05d}` to "
-                          f"{last}). {reading['remaining_steps']:,} steps remain to {reading['end']:,}" + (
-                              f"; drawn on in a straight line it ends at {reading['projection']:.4f}, {reading['projection'] - rows[0]['bpb']['full']:+.4f} against {seed}. A straight "
-                              f"line knows nothing of the warmdown to come." if reading["remaining_steps"] else ": the phase is complete."))
-    return paragraphs
+    def mark(row):
+        return " (seed)" if reading["seed"] and row is rows[0] else ""
+
+    def where(phase):
+        return f"rel_it = {phase['rel_it']:,} ({phase['position']} +{phase['offset']:,}, lrm = {phase['lrm']:.3f})" if phase else "—"
+
+    def cell(column, row, base):
+        delta, stderr = change(column, row, base)
+        return shown(column, delta, True) + ("≈" if stderr is not None and judged(column, delta, stderr) == "noise" else "")
+    measured_on = "." if not settings.get("slice_sha256") else f" on {settings['split_tokens']:,} tokens of validation text (sha256 " \
+        f"{settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} calibrate bounds and thresholds."
+    lines = [f"# Trajectory of {name}",
+             f"{len(rows)} checkpoints, {step_name(rows[0]['step'])} to {step_name(rows[-1]['step'])}, {K} stage{'s'[:K > 1]}, measured by "
+             f"`python evaluate.py`{measured_on}",
+             f"Below each table: the change of each figure against the previous row / against {seed}. " + (
+                 "≈ marks a change within two standard errors: noise. Those of bpb are paired by document." if reading["noise_known"] else
+                 "No standard error is given in these measurements, so none of the changes can be told from noise."),
+             "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",
+             "## Schedule", schedule_table(phases, record) if phases else "No phase table was found.", "## Branches",
+             markdown(["Branch", "Step", "Phase position", "Notes"],
+                      [[step_name(r["step"]) + mark(r), f"{r['step']:,}", where(r["phase"]), noted[r["step"]]] for r in rows]),
+             "## Trajectory measurements"]
+    for table in make_tables(rows):
+        if not has_values(table, rows):
+            lines += [f"### {table.title}", "Not measured." if K > 1 else "One stage: nothing to measure."] if table.read else []
+            continue
+        lines += [f"### {table.title}", value_table(table, rows, mark)]
+        if table.read is None:
+            continue
+        columns = [c for c in table.columns if c.path[0] != "phase"]
+        if len(rows) > 1:
+            lines.append(markdown(["Change", "Step", *(c.header for c in columns)], [
+                [step_name(r["step"]), f"{r['step']:,}", *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)] for before, r in zip(rows, rows[1:])]))
+        lines.append("\n".join(told(c, reading["series"][path_name(c)], seed) for c in table.columns[table.read]))
+        if K > 1 and columns[-1].path == ("crossover_gap",):
+            lines.append(f"The product is better than the last stage alone, a negative gap, at: {step_names(reading['negative_gaps'])}. "
+                         f"The gap changes sign at: {step_names(reading['gap_changes_sign'])}.")
+    lines += [f"### Sample-mode probe (FULL K={K}, greedy, {PROBE_TOKENS} tokens, 7-prompt fixed set)", sample_table(rows, mark),
+              "## Reading the table", *answers(rows, reading, seed)]
+    return "\n\n".join(lines) + "\n"
 
 
 def draw(file, rows, phases):
-    """trajectory.png: bpb with lrm behind it, accuracy, routing and acceptance, WAND bounds. Grey by design. Raises ImportError without matplotlib."""
+    """trajectory.png: bpb with lrm behind it, accuracy, routing and acceptance, WAND bounds, in grey. Raises ImportError without matplotlib."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
-    K, steps, styles = len(rows[0]["bpb"]["single"]), [row["step"] for row in rows], [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ("--", "x")]
+    figure, ((bpb, accuracy), (routing, bounds)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    K, steps = len(rows[0]["bpb"]["single"]), [row["step"] for row in rows]
+    styles = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ("--", "x")]
 
-    def line(axis, label, path, style, shade=0.0, scale=1.0):
-        points = [(row["step"], scale * get(row, path)) for row in rows if get(row, path) is not None]
+    def line(axis, label, path, number, shade=0.0):
+        points, (dash, marker) = [(row["step"], get(row, path)) for row in rows if get(row, path) is not None], styles[number % len(styles)]
         if points:
-            axis.plot(*zip(*points), color=str(shade), linestyle=style[0], marker=style[1], markersize=4, linewidth=1.2, label=label)
-    line(axes[0, 0], f"full K={K}, local slice", ("bpb", "full"), styles[0])
-    line(axes[0, 0], "training log", ("train_log_bpb", "full"), styles[1], 0.35)
-    if K > 1:
-        line(axes[0, 0], "single s0", ("bpb", "single", 0), styles[2], 0.2)
+            axis.plot(*zip(*points), color=str(shade), linestyle=dash, marker=marker, markersize=4, linewidth=1.2, label=label)
+    line(bpb, f"full K={K}, local slice", ("bpb", "full"), 0)
+    line(bpb, "training log", ("train_log_bpb", "full"), 1, 0.35)
     if phases:
-        behind = axes[0, 0].twinx()
-        grid = np.unique(np.linspace(steps[0], max(steps[-1], steps[0] + 1), 400).round().astype(int))
-        lrm = [learning_rate(phases[phase_index(phases, int(s))], int(s)) for s in grid if s >= phases[0].anchor]
-        behind.fill_between(grid[-len(lrm):], lrm, color="0.9", linewidth=0)
-        behind.set(ylabel="lrm (shaded)", ylim=(0, 1.6 * max(lrm + [1e-9])), yticks=[0, round(max(lrm), 3)])
-        axes[0, 0].set_zorder(behind.get_zorder() + 1)
-        axes[0, 0].patch.set_visible(False)
-    for k in range(K):
-        line(axes[0, 1], f"s{k}", ("accuracy", "single", k), styles[(k + 1) % len(styles)], 0.6 * (1 - k / K))
-    line(axes[0, 1], "full", ("accuracy", "full"), styles[0])
-    line(axes[1, 0], "routed to s0", ("routing", "fraction"), styles[0])
-    line(axes[1, 0], "s0 = full (base agreement)", ("routing", "base_agreement"), styles[1], 0.35)
-    line(axes[1, 0], "acceptance of 4 drafts", ("speculative", "acceptance"), styles[2])
+        behind = bpb.twinx()
+        grid = [int(s) for s in np.unique(np.linspace(steps[0], steps[-1], 400).round()) if s >= phases[0].anchor]
+        lrm = [learning_rate(phases[phase_index(phases, s)], s) for s in grid]
+        behind.fill_between(grid, lrm, color="0.9", linewidth=0)
+        behind.set(ylabel="lrm (shaded)", ylim=(0, 1.6 * max([*lrm, 1e-9])), yticks=[0, round(max(lrm, default=0), 3)])
+        bpb.set_zorder(behind.get_zorder() + 1)
+        bpb.patch.set_visible(False)
+    for k in range(K if K > 1 else 0):
+        line(accuracy, f"s{k}", ("accuracy", "single", k), k + 1, 0.6 * (1 - k / K))
+    line(bpb, "single s0", ("bpb", "single", 0), 2, 0.2)
+    line(accuracy, "full", ("accuracy", "full"), 0)
+    line(routing, "routed to s0", ("routing", "fraction"), 0)
+    line(routing, "s0 = full (base agreement)", ("routing", "base_agreement"), 1, 0.35)
+    line(routing, "acceptance of 4 drafts", ("speculative", "acceptance"), 2)
     for k in range(K - 1):
-        line(axes[1, 1], f"{k} → {k + 1}", ("wand", "p99_bounds", k), styles[k % len(styles)], 0.25 * k / K)
-    for axis, title, label in zip(axes.flat, ("bits per byte", "top-1 accuracy", "confidence routing and acceptance", "WAND p99 bounds"),
-                                  ("bpb", "share of targets", "share of positions", "nats")):
+        line(bounds, f"{k} → {k + 1}", ("wand", "p99_bounds", k), k, 0.25 * k / K)
+    for axis, title, label in ((bpb, "bits per byte", "bpb"), (accuracy, "top-1 accuracy", "share of targets"),
+                               (routing, "confidence routing and acceptance", "share of positions"), (bounds, "WAND p99 bounds", "nats")):
         axis.set(title=title, ylabel=label)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=True)
+        if axis.lines:
+            axis.legend(fontsize=8)
         else:
             axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
-    for axis in axes[1]:
+    for axis in (routing, bounds):
         axis.set_xlabel("step")
     temporary = file.with_name(f".{file.name}.tmp")
     figure.savefig(temporary, dpi=130, format="png")
@@ -1042,36 +1017,31 @@ def draw(file, rows, phases):
 def compare(names, runs, records):
     """Two runs side by side, Markdown: the card's tables at the steps that both have (else at the last of each) and A's gap to B in percent.
 
-    names, runs, records: of A and B: text, rows, RUN/config.json. The gap is 100 (A / B - 1), with its standard error where it is paired.
+    names, runs, records: of A and B: text, rows, RUN/config.json. The gap is 100 (A / B - 1), with its standard error where one is known.
     """
-    vocabularies = [get(record, ("model", "vocab_size")) for record in records]
-    tokenizers = [get(record, ("tokenizer", "sha256")) for record in records]
-    slices = [get(rows[-1], ("settings", "slice_sha256")) for rows in runs]
-    if vocabularies[0] != vocabularies[1] or tokenizers[0] != tokenizers[1]:
-        raise ValueError(f"{names[0]} has {vocabularies[0]} ids and {names[1]} has {vocabularies[1]}, of {'one tokenizer' if tokenizers[0] == tokenizers[1] else 'two tokenizers'}: "
-                         f"their tables cannot stand side by side; compare runs of one vocabulary")
-    if slices[0] != slices[1]:
+    vocabularies = [(get(record, ("model", "vocab_size")), get(record, ("tokenizer", "sha256"))) for record in records]
+    if vocabularies[0] != vocabularies[1]:
+        texts = [f"{name} ({size} ids, tokenizer {str(sha256)[:12]})" for name, (size, sha256) in zip(names, vocabularies)]
+        raise ValueError(f"{' and '.join(texts)} cannot stand side by side; compare runs of one vocabulary")
+    if len({get(rows[-1], ("settings", "slice_sha256")) for rows in runs}) > 1:
         raise ValueError(f"{names[0]} and {names[1]} were measured on different text; give both one --data and one --split-tokens, and equal sequence_len")
     by_step = [{row["step"]: row for row in rows} for rows in runs]
     pairs = [(by_step[0][s], by_step[1][s]) for s in sorted(by_step[0].keys() & by_step[1].keys())] or [(runs[0][-1], runs[1][-1])]
+
+    def gap(column, a, b):
+        delta, stderr = change(column, a, b)
+        if delta is None or not get(b, column.path) or column.unit == "+":  # a percentage of a difference around zero says nothing
+            return "—"
+        scale = 100 / abs(get(b, column.path))
+        return f"{scale * delta:+.2f} %" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
     lines = [f"# {names[0]} (A) against {names[1]} (B)"]
     for table in make_tables(max(runs, key=lambda rows: len(rows[0]["bpb"]["single"]))):
         columns, cells = [c for c in table.columns if c.path[0] != "phase"], []
-        if not has_values(table, [row for pair in pairs for row in pair]):
-            continue
-        for a, b in pairs:
-            cells += [[f"{name} {branch(row)[0]}", branch(row)[1], *(shown(c, get(row, c.path)) for c in columns)] for name, row in (("A", a), ("B", b))]
-            cells.append(["gap", "", *(percent_gap(c, a, b) for c in columns)])
-        lines += [f"### {table.title}", markdown(["Branch", "Step", *(c.header for c in columns)], cells)]
+        for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():
+            cells += [[f"{name} {step_name(r['step'])}", f"{r['step']:,}", *(shown(c, get(r, c.path)) for c in columns)] for name, r in (("A", a), ("B", b))]
+            cells.append(["gap", "", *(gap(c, a, b) for c in columns)])
+        lines += [f"### {table.title}", markdown(["Branch", "Step", *(c.header for c in columns)], cells)] if cells else []
     return "\n\n".join(lines)
-
-
-def percent_gap(column, a, b):
-    delta, stderr = change(column, a, b)
-    if delta is None or not get(b, column.path) or column.unit == "+":      # a percentage of a difference around zero says nothing
-        return "—"
-    scale = 100 / get(b, column.path)
-    return f"{scale * delta:+.2f} %" + (f" ±{abs(scale) * stderr:.2f}" if stderr is not None else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1167,7 +1137,8 @@ def evaluate(given, paths, ranks):
         rows, failed = gather_rows(singles, config, ranks)
         failures += failed
         for K in sorted({len(row["bpb"]["single"]) for row in rows}) if ranks.rank == 0 and not config.json else ():
-            print(plain_tables([row for row in rows if len(row["bpb"]["single"]) == K]))
+            of_k = [row for row in rows if len(row["bpb"]["single"]) == K]
+            print("\n\n".join(f"### {table.title}\n\n{value_table(table, of_k)}" for table in make_tables(of_k) if has_values(table, of_k)))
     if len(runs) == 2 and len(measured) == 2 and not config.json:
         print(compare(*map(list, zip(*measured))))
     if failures:
