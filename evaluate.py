@@ -1155,7 +1155,7 @@ def main(argv=None):
     device = choose_device(given.get("device"))[0]
     if device.type == "cuda":
         given["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(choose_device(given["device"])[0])
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         evaluate(given, paths, ranks)
