@@ -432,8 +432,10 @@ def adaptive_metrics(report, found, cap, read_bytes):
     f = routing["fraction"]
     routing["projected_speedup"] = read_bytes[-1] / (f * read_bytes[0] + (1 - f) * read_bytes[-1])
     routing["projected_speedup_card"] = 1 / (1 - 0.49 * f)                  # the stage-0 cost of 0.51 that fits the card's first rows
-    routing["curve"] = [{"threshold": float(t), "fraction": ratio(report["curve"][:, i], tokens)[0],
-                         "agreement": ratio(report["curve_agree"][:, i], report["curve"][:, i])[0]} for i, t in enumerate(found["levels"])]
+    routing["curve"] = [{"threshold": float(t)} for t in found["levels"]]
+    for point, leaving, agreeing in zip(routing["curve"], report["curve"].T, report["curve_agree"].T):
+        put(point, "fraction", leaving, tokens)
+        put(point, "agreement", agreeing, leaving)
     return {"wand": wand, "routing": routing}
 
 
@@ -651,7 +653,7 @@ def make_tables(rows):
         *(share(f"{name} exits {s}", *form, "exit_fraction", k) for k, s in enumerate(stages)),
         column(f"{name} violations", *form, "violation_rate", decimals=6, better=-1),
         column(f"{name} agreement", *form, "agreement", decimals=6, better=1), speedup(f"{name} speedup", *form, "projected_speedup"))]
-    curve = [(i, point["fraction"]) for i, point in enumerate(get(last, ("routing", "curve")) or ()) if i % 4 == 3]
+    curve = [(i, leaving) for i, leaving in enumerate(CURVE_SHARES) if i % 4 == 3 and get(last, ("routing", "curve"))]
     return [
         Table("Per-checkpoint val BPB", [
             column("Phase rel_it", "phase", "rel_it", decimals=0), bpb(f"Training-log val BPB{sizes[0]}", "train_log_bpb", "full"),
@@ -679,7 +681,7 @@ def make_tables(rows):
             column("threshold", "routing", "threshold"), share("oracle fraction", "routing", "oracle_fraction"),
             column("agreement of the routed", "routing", "agreement"), column("mean cost of the routed, nats", "routing", "mean_cost"),
             speedup("speedup at the card's cost 0.51", "routing", "projected_speedup_card"),
-            *(column(f"agreement with {fraction:.0%} leaving", "routing", "curve", i, "agreement") for i, fraction in curve)], None),
+            *(column(f"agreement with {leaving:.0%} leaving", "routing", "curve", i, "agreement") for i, leaving in curve)], None),
     ]
 
 
@@ -1025,6 +1027,10 @@ def compare(names, runs, records):
         raise ValueError(f"{' and '.join(texts)} cannot stand side by side; compare runs of one vocabulary")
     if len({get(rows[-1], ("settings", "slice_sha256")) for rows in runs}) > 1:
         raise ValueError(f"{names[0]} and {names[1]} were measured on different text; give both one --data and one --split-tokens, and equal sequence_len")
+    stages = [len(rows[0]["bpb"]["single"]) for rows in runs]
+    widest = runs[int(stages[1] > stages[0])]
+    if stages[0] != stages[1]:                                              # stage k is not the same part of both: only the products compare
+        runs = [rows if rows is widest else [{**row, **{name: {"full": row[name]["full"]} for name in ("bpb", "accuracy")}} for row in rows] for rows in runs]
     by_step = [{row["step"]: row for row in rows} for rows in runs]
     pairs = [(by_step[0][s], by_step[1][s]) for s in sorted(by_step[0].keys() & by_step[1].keys())] or [(runs[0][-1], runs[1][-1])]
 
@@ -1035,7 +1041,7 @@ def compare(names, runs, records):
         scale = 100 / abs(get(b, column.path))
         return f"{scale * delta:+.2f} %" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
     lines = [f"# {names[0]} (A) against {names[1]} (B)"]
-    for table in make_tables(max(runs, key=lambda rows: len(rows[0]["bpb"]["single"]))):
+    for table in make_tables(widest):
         columns, cells = [c for c in table.columns if c.path[0] != "phase"], []
         for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():
             cells += [[f"{name} {step_name(r['step'])}", f"{r['step']:,}", *(shown(c, get(r, c.path)) for c in columns)] for name, r in (("A", a), ("B", b))]
@@ -1148,7 +1154,7 @@ def evaluate(given, paths, ranks):
 
 def main(argv=None):
     given = parse_flags(EvalConfig, __doc__, argv, positionals=[("checkpoints", "+", "step-XXXXX directories, or runs: all their steps; two runs are compared")])
-    paths = [Path(path) for path in given.pop("checkpoints")]
+    paths = [Path(path) if Path(path).name else Path(path).resolve() for path in given.pop("checkpoints")]
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if ranks.world_size == 1:
         return evaluate(given, paths, ranks)

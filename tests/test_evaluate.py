@@ -164,7 +164,8 @@ def twin(model, mix, n_windows, n_calibration, cap, margin_cap):
         ordered = sorted((z["top"] for z in calibration), reverse=True)
         level = ordered[-(-len(ordered) * percent // 100) - 1]
         leaving = [z for z in report if z["top"] >= level]
-        out["routing"]["curve"].append({"threshold": level, "fraction": len(leaving) / M, "agreement": sum(z["agree"][0] for z in leaving) / len(leaving)})
+        out["routing"]["curve"].append({"threshold": level, "fraction": len(leaving) / M, "agreement": sum(z["agree"][0] for z in leaving) / len(leaving),
+                                        "agreement_stderr": se((z["document"], z["agree"][0] and z["top"] >= level, z["top"] >= level) for z in report)})
     return out
 
 
@@ -520,7 +521,7 @@ def test_two_runs_stand_side_by_side_with_the_gap_in_percent(card, tmp_path, cap
     runs = [write_run(tmp_path / name, r, CARD_RECORD) for name, r in (("poe", poe), ("bp", bp))]
     evaluate.main([*map(str, runs), "--no-measure"])
     out = capsys.readouterr().out
-    assert "| A `step-110000` | 110,000 | 0.720900 |" in out and "| B `step-110000` | 110,000 | 0.676800 |" in out
+    assert "| A `step-110000` | 110,000 | 0.720900 |" in out and "| B `step-110000` | 110,000 | 0.676800 | — | — | — | — |" in out
     assert "| gap |  | +6.52 % |" in out                            # the family's published gap
     assert (runs[0] / "TRAJECTORY.md").exists() and "One stage" in (runs[1] / "TRAJECTORY.md").read_text()
     (runs[1] / "config.json").write_text(json.dumps({**CARD_RECORD, "model": {"sequence_len": 2048, "vocab_size": 1024}}))
