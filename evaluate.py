@@ -46,6 +46,9 @@ N_BLOCKS = 128                  # blocks of documents that carry the standard er
 ALPHAS = (0.25, 0.5, 0.75, 1.0)                         # alpha = 0 is the full prefix
 MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form [SPEC 7.6]
 CURVE_SHARES = tuple(s / 20 for s in range(1, 21))      # shares of calibration positions that leave at s0: the routing curve
+SUMMED = ("nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha", "tokens", "bytes")      # columns of the whole slice
+CALIBRATING = ("range", "margin", "agree", "confidence", "regret", "tokens")            # columns kept of the calibration part
+BOUNDS_KEY = "poe_wand_p99_bounds_per_stage_head"       # in a checkpoint's config.json
 PROBE_TOKENS = 60
 PROBE = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
          "The opposite of hot is", "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is")
@@ -379,10 +382,6 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
     return metrics
 
 
-SUMMED = ("nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha", "tokens", "bytes")
-CALIBRATING = ("range", "margin", "agree", "confidence", "regret", "tokens")
-
-
 def slice_metrics(sums):
     """bpb, accuracy, alpha and the gap from sums per block, numpy (G, w), with standard errors; and the blocks' nats for paired ones."""
     n_bytes, tokens = sums["bytes"][:, 0], sums["tokens"][:, 0]
@@ -520,9 +519,6 @@ def write_bounds(path, bounds):
         write_json(path / "config.json", {**record, BOUNDS_KEY: bounds})
 
 
-BOUNDS_KEY = "poe_wand_p99_bounds_per_stage_head"
-
-
 def read_metrics(path):
     """metrics.json of a step directory. Raises FileNotFoundError or ValueError where there is none, or one of another format."""
     file, metrics = path / "metrics.json", read_object(path / "metrics.json")
@@ -560,8 +556,8 @@ def open_slice(path, record, config, ranks):
         n_windows = validation_windows(mix, split)
         n_calibration = (n_windows * mix.T // 8 if config.wand_tokens is None else config.wand_tokens) // mix.T
         if not 1 <= n_calibration < n_windows:
-            raise ValueError(f"--wand-tokens {config.wand_tokens} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give from "
-                             f"{mix.T} (one window) to {(n_windows - 1) * mix.T:,}, or raise --split-tokens")
+            raise ValueError(f"--wand-tokens {config.wand_tokens} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give "
+                             f"from {mix.T} (one window) to {(n_windows - 1) * mix.T:,}, or raise --split-tokens")
         ranks.slices[key] = Slice(mix, n_windows, n_calibration, data.tokenizer)
     return ranks.slices[key]
 
@@ -576,7 +572,8 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
         record, phases = read_record(path), phases_of(path.parent, path)
         part = open_slice(path, record, config, ranks)
         settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
-                    "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."), "samples": config.samples}
+                    "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."),
+                    "samples": config.samples}
         weights = read_object(path / "manifest.json").get("files", {}).get("model.pt")
         done = old.get("format") == FORMAT and old.get("settings") == {**settings, "weights_sha256": weights}
         if not done:
@@ -662,7 +659,8 @@ def make_tables(rows):
             bpb(f"full K={K}", "bpb", "full"), *(bpb(f"single {s}", "bpb", "single", k) for k, s in enumerate(stages)),
             *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], slice(1, K + 1)),
         Table("Per-stage standalone target accuracy", [
-            *(column(s, "accuracy", "single", k, better=1) for k, s in enumerate(stages)), column("full", "accuracy", "full", better=1)], slice(None)),
+            *(column(s, "accuracy", "single", k, better=1) for k, s in enumerate(stages)),
+            column("full", "accuracy", "full", better=1)], slice(None)),
         Table(f"Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)", [
             column("acceptance α", "speculative", "acceptance", better=1),
             column("mean accepted / 4", "speculative", "mean_accepted", decimals=2, better=1),
@@ -860,38 +858,39 @@ def answers(rows, reading, seed):
         found = reading["series"].get(name)
         by = shown(columns[name], found["vs_reference"]["change"], True) if found else "—"
         return words[verdict] + (f" ({by} at {step_name(found['step'])})" if by != "—" else "")
-    facts = [f"{fact} {'never graded' if not found else 'always' if all(found) else 'never' if not any(found) else f'in {sum(found)} of {len(found)} rows'}"
-             for fact, found in asked["facts"].items()]
+
+    def known(graded):
+        return f"in {sum(graded)} of {len(graded)} rows" if any(graded) and not all(graded) else "not graded" if not graded else "always" if all(graded) else "never"
     paragraphs = ["\n".join([
         f"1. **BPB descent**, full bpb below {seed}: {answer(asked['descent'], 'bpb.full')}.",
         f"2. **Per-stage refinement**, each stage's own bpb below {seed}: {', '.join(f's{k} {words[v]}' for k, v in enumerate(asked['stages']))}.",
         f"3. **Routing margin**, more positions left to s0: {answer(asked['routing'], 'routing.fraction')}.",
         f"4. **Acceptance** of s0's drafts grown: {answer(asked['acceptance'], 'speculative.acceptance')}.",
         f"5. **WAND bounds**: {', '.join(f'{k} → {k + 1} {v}' for k, v in enumerate(asked['bounds']) if v) or 'not measured'}.",
-        f"6. **Facts** (by substring): {'; '.join(facts)}."])]
+        f"6. **Facts** (by substring): {'; '.join(f'{fact} {known(graded)}' for fact, graded in asked['facts'].items())}."])]
     if reading["verdict"] and len(rows) > 1:
         paragraphs.append(
-            f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. Of full bpb, stage bpb, accuracy, routing "
-            f"and acceptance, {vote['better']} are better, {vote['worse']} worse, {vote['noise']} within noise or mixed."
-            f"{'' if reading['noise_known'] else ' No standard errors were given: signs alone decide.'} A win or a regression needs full bpb and a majority "
-            f"on its side; everything else is null.")
+            f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. Of full bpb, stage bpb, accuracy, "
+            f"routing and acceptance, {vote['better']} are better, {vote['worse']} worse, {vote['noise']} within noise or mixed."
+            f"{'' if reading['noise_known'] else ' No standard errors were given: signs alone decide.'} A win or a regression needs full bpb and a "
+            f"majority on its side; everything else is null.")
     if "projection" in reading:
         goes_on = f"; drawn on in a straight line, which knows nothing of the schedule, it ends at {reading['projection']:.4f}, " \
                   f"{reading['projection'] - rows[0]['bpb']['full']:+.4f} against {seed}."
-        paragraphs.append(f"**Projection**: full bpb changes by {reading['rate_per_2000_steps']:+.6f} per 2,000 steps (line through {step_name(reading['rate_since'])} to "
-                          f"{step_name(reading['last'])}). {reading['remaining_steps']:,} steps remain to {reading['end']:,}"
+        paragraphs.append(f"**Projection**: full bpb changes by {reading['rate_per_2000_steps']:+.6f} per 2,000 steps (line through "
+                          f"{step_name(reading['rate_since'])} to {step_name(reading['last'])}). {reading['remaining_steps']:,} steps remain to {reading['end']:,}"
                           + (goes_on if reading["remaining_steps"] else ": the phase is complete."))
     return paragraphs
 
 
 def notes(rows, reading):
     """What stands out at each step, {step: text}, from the reading."""
-    found, negative = {row["step"]: [] for row in rows}, reading["negative_gaps"]
+    found, negative, turns = {row["step"]: [] for row in rows}, reading["negative_gaps"], reading["gap_changes_sign"]
     for steps, text in (([reading["reference"]] if reading["seed"] else [], "seed: the last checkpoint of the phase before"),
                         ([reading["entry"]], "first after the warmup"), (reading["series"]["bpb.full"]["records"], "new low of full bpb"),
-                        (reading["series"]["accuracy.full"]["records"], "new high of full accuracy"), ([reading["below_entry"]], "first below the entry"),
-                        ([s for s in reading["gap_changes_sign"] if s in negative], "crossover gap negative"),
-                        ([s for s in reading["gap_changes_sign"] if s not in negative], "crossover gap positive again")):
+                        (reading["series"]["accuracy.full"]["records"], "new high of full accuracy"),
+                        ([reading["below_entry"]], "first below the entry"), ([s for s in turns if s in negative], "crossover gap negative"),
+                        ([s for s in turns if s not in negative], "crossover gap positive again")):
         for step in steps:
             if step is not None:
                 found[step].append(text)
@@ -909,7 +908,8 @@ def schedule_table(phases, record):
                         ("peak `lrm`", lambda p: f"{p.peak_lrm:g}"), ("warmdown ratio", lambda p: f"{p.warmdown_ratio:g}"),
                         ("final `lrm`", lambda p: f"{p.final_lrm:g}"), ("anchor step", lambda p: f"{p.anchor:,}")):
         rows.append([text, *map(value, phases)])
-    rows += [[f"effective `{name}` peak", *(f"{train[name] * p.peak_lrm:g}" for p in phases)] for name in ("matrix_lr", "embedding_lr", "unembedding_lr") if name in train]
+    rows += [[f"effective `{name}` peak", *(f"{train[name] * p.peak_lrm:g}" for p in phases)]
+             for name in ("matrix_lr", "embedding_lr", "unembedding_lr") if name in train]
     return markdown(["param", *(f"phase {i + 1}" for i in reversed(range(len(phases))))], [[row[0], *reversed(row[1:])] for row in rows])
 
 
@@ -917,9 +917,12 @@ def sample_table(rows, mark):
     """The card's table of the sample-mode probe, graded by substring; pending where it was not run."""
     def grade(row, *facts):
         return " ".join(f"{fact} {'✓' if row['facts'][fact] else '✗'}" for fact in facts) if row.get("facts") else "pending"
+
+    def planets(row):
+        named = get(row, ("facts", "planets_named"))
+        return grade(row, "planets") + (f" ({named} of 8)" if named is not None else "")
     return markdown(["Branch", "Step", "France", "Gold (Au + atomic # 79)", "Planets list", "Algebra `5x+3=13` (correct: 2)"], [
-        [step_name(r["step"]) + mark(r), f"{r['step']:,}", grade(r, "Paris"), grade(r, "Au", "79"),
-         grade(r, "planets") + (f" ({r['facts']['planets_named']} of 8)" if get(r, ("facts", "planets_named")) is not None else ""), grade(r, "2")] for r in rows])
+        [step_name(r["step"]) + mark(r), f"{r['step']:,}", grade(r, "Paris"), grade(r, "Au", "79"), planets(r), grade(r, "2")] for r in rows])
 
 
 def report(name, rows, phases, record, reading):
@@ -959,7 +962,8 @@ def report(name, rows, phases, record, reading):
         columns = [c for c in table.columns if c.path[0] != "phase"]
         if len(rows) > 1:
             lines.append(markdown(["Change", "Step", *(c.header for c in columns)], [
-                [step_name(r["step"]), f"{r['step']:,}", *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)] for before, r in zip(rows, rows[1:])]))
+                [step_name(r["step"]), f"{r['step']:,}", *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)]
+                for before, r in zip(rows, rows[1:])]))
         lines.append("\n".join(told(c, reading["series"][path_name(c)], seed) for c in table.columns[table.read]))
         if K > 1 and columns[-1].path == ("crossover_gap",):
             lines.append(f"The product is better than the last stage alone, a negative gap, at: {step_names(reading['negative_gaps'])}. "
@@ -1026,11 +1030,12 @@ def compare(names, runs, records):
         texts = [f"{name} ({size} ids, tokenizer {str(sha256)[:12]})" for name, (size, sha256) in zip(names, vocabularies)]
         raise ValueError(f"{' and '.join(texts)} cannot stand side by side; compare runs of one vocabulary")
     if len({get(rows[-1], ("settings", "slice_sha256")) for rows in runs}) > 1:
-        raise ValueError(f"{names[0]} and {names[1]} were measured on different text; give both one --data and one --split-tokens, and equal sequence_len")
+        raise ValueError(f"{names[0]} and {names[1]} were measured on different text; give both one --data and one --split-tokens")
     stages = [len(rows[0]["bpb"]["single"]) for rows in runs]
     widest = runs[int(stages[1] > stages[0])]
     if stages[0] != stages[1]:                                              # stage k is not the same part of both: only the products compare
-        runs = [rows if rows is widest else [{**row, **{name: {"full": row[name]["full"]} for name in ("bpb", "accuracy")}} for row in rows] for rows in runs]
+        runs = [rows if rows is widest else [{**row, **{name: {"full": row[name]["full"]} for name in ("bpb", "accuracy")}} for row in rows]
+                for rows in runs]
     by_step = [{row["step"]: row for row in rows} for rows in runs]
     pairs = [(by_step[0][s], by_step[1][s]) for s in sorted(by_step[0].keys() & by_step[1].keys())] or [(runs[0][-1], runs[1][-1])]
 
@@ -1044,7 +1049,8 @@ def compare(names, runs, records):
     for table in make_tables(widest):
         columns, cells = [c for c in table.columns if c.path[0] != "phase"], []
         for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():
-            cells += [[f"{name} {step_name(r['step'])}", f"{r['step']:,}", *(shown(c, get(r, c.path)) for c in columns)] for name, r in (("A", a), ("B", b))]
+            for name, row in (("A", a), ("B", b)):
+                cells.append([f"{name} {step_name(row['step'])}", f"{row['step']:,}", *(shown(c, get(row, c.path)) for c in columns)])
             cells.append(["gap", "", *(gap(c, a, b) for c in columns)])
         lines += [f"### {table.title}", markdown(["Branch", "Step", *(c.header for c in columns)], cells)] if cells else []
     return "\n\n".join(lines)
@@ -1103,11 +1109,11 @@ def report_run(run, rows):
     """Write TRAJECTORY.md and trajectory.png of a run; return (text, reading)."""
     phases = phases_of(run, run / f"step-{rows[-1]['step']:05d}")
     record = read_object(run / "config.json") or read_object(run / f"step-{rows[-1]['step']:05d}" / "config.json")
-    rows = [{**row, "phase": phase_position(phases, row["step"]) or row.get("phase"), "train_log_bpb": train_log_bpb(run, row["step"]) or row.get("train_log_bpb")}
-            for row in rows]
+    rows = [{**row, "phase": phase_position(phases, row["step"]) or row.get("phase"),
+             "train_log_bpb": train_log_bpb(run, row["step"]) or row.get("train_log_bpb")} for row in rows]
     slices = {get(row, ("settings", "slice_sha256")) for row in rows}
     if len(slices) > 1:
-        raise ValueError(f"the checkpoints of {run} were measured on {len(slices)} different slices; measure them again with one --data and --split-tokens")
+        raise ValueError(f"the checkpoints of {run} were measured on {len(slices)} different slices; measure them again with one --data")
     reading = read_trajectory(rows, phases)
     text = report(run.resolve().name, rows, phases, record, reading)
     try:
@@ -1153,7 +1159,8 @@ def evaluate(given, paths, ranks):
 
 
 def main(argv=None):
-    given = parse_flags(EvalConfig, __doc__, argv, positionals=[("checkpoints", "+", "step-XXXXX directories, or runs: all their steps; two runs are compared")])
+    given = parse_flags(EvalConfig, __doc__, argv, positionals=[
+        ("checkpoints", "+", "step-XXXXX directories, or runs: all their steps; two runs are compared")])
     paths = [Path(path) if Path(path).name else Path(path).resolve() for path in given.pop("checkpoints")]
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if ranks.world_size == 1:

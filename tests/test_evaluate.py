@@ -677,6 +677,9 @@ def test_rows_of_a_continued_run_take_its_own_phase_table(evaluated, tmp_path, c
     evaluate.main([str(run), *ARGUMENTS])
     out = capsys.readouterr().out
     assert "| `step-00006` (seed) | 6 | rel_it = 0 (warmup +0, lrm = 0.125) | seed: the last checkpoint of the phase before |" in out
+    (run / "config.json").write_text(json.dumps(record | {"train": {**record["train"], "data": "other-data"}}))
+    with pytest.raises(FileNotFoundError, match="other-data"):      # all rows of a run on its own data, the seed included
+        evaluate.main([str(run), *ARGUMENTS])
     (run / "config.json").write_text(json.dumps(record | {"phases": [{"anchor": 0}]}))
     with pytest.raises(ValueError, match="no phase table"):
         evaluate.main([str(run), *ARGUMENTS])
