@@ -554,10 +554,11 @@ def open_slice(path, record, config, ranks):
         mix = data.val(model["sequence_len"])
         split = config.split_tokens or (SPLIT_TOKENS if data.path else mix.n_in_first_epoch() * mix.T)
         n_windows = validation_windows(mix, split)
-        n_calibration = (n_windows * mix.T // 8 if config.wand_tokens is None else config.wand_tokens) // mix.T
+        n_calibration = max(1, n_windows // 8) if config.wand_tokens is None else config.wand_tokens // mix.T
         if not 1 <= n_calibration < n_windows:
-            raise ValueError(f"--wand-tokens {config.wand_tokens} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give "
-                             f"from {mix.T} (one window) to {(n_windows - 1) * mix.T:,}, or raise --split-tokens")
+            asked = n_calibration * mix.T if config.wand_tokens is None else config.wand_tokens
+            raise ValueError(f"--wand-tokens {asked} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give from "
+                             f"{mix.T} (one window) to {(n_windows - 1) * mix.T:,}, or raise --split-tokens")
         ranks.slices[key] = Slice(mix, n_windows, n_calibration, data.tokenizer)
     return ranks.slices[key]
 
@@ -574,7 +575,7 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
         settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
                     "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."),
                     "samples": config.samples}
-        weights = read_object(path / "manifest.json").get("files", {}).get("model.pt")
+        weights = get(read_object(path / "manifest.json"), ("files", "model.pt"))
         done = old.get("format") == FORMAT and old.get("settings") == {**settings, "weights_sha256": weights}
         if not done:
             model, record, weights = load_checkpoint(path, device, dtype)
@@ -596,7 +597,7 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
                 raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
             samples, facts = probe(model, part.tokenizer) if config.samples and ranks.rank == 0 else (None, None)
         if ranks.rank == 0:
-            if old.get("settings", {}).get("weights_sha256") == weights:    # sample.py's measurement of these weights stands
+            if get(old, ("settings", "weights_sha256")) == weights:         # sample.py's measurement of these weights stands
                 measured["speculative"] = old.get("speculative")
             old = {"format": FORMAT, "settings": {**settings, "weights_sha256": weights}, "step": record["step"],
                    "phase": phase_position(phases, record["step"]), **measured,
@@ -605,7 +606,7 @@ def evaluate_checkpoint(path, config, ranks, progress=None):
             write_json(path / "timings.json", read_object(path / "timings.json") | {"evaluate": {
                 "load_seconds": round(loaded - start, 2), "pass_seconds": round(seconds, 2), "world_size": ranks.world_size,
                 "weight_bytes": weight_bytes, "peak_bytes": peak_bytes}})
-    if ranks.rank == 0 and old["wand"]:
+    if ranks.rank == 0 and old.get("wand"):
         write_bounds(path, old["wand"]["p99_bounds"])
     return {**old, "timings": read_object(path / "timings.json")}
 
@@ -860,7 +861,9 @@ def answers(rows, reading, seed):
         return words[verdict] + (f" ({by} at {step_name(found['step'])})" if by != "—" else "")
 
     def known(graded):
-        return f"in {sum(graded)} of {len(graded)} rows" if any(graded) and not all(graded) else "not graded" if not graded else "always" if all(graded) else "never"
+        if not graded:
+            return "not graded"
+        return "always" if all(graded) else f"in {sum(graded)} of {len(graded)} rows" if any(graded) else "never"
     paragraphs = ["\n".join([
         f"1. **BPB descent**, full bpb below {seed}: {answer(asked['descent'], 'bpb.full')}.",
         f"2. **Per-stage refinement**, each stage's own bpb below {seed}: {', '.join(f's{k} {words[v]}' for k, v in enumerate(asked['stages']))}.",

@@ -622,7 +622,7 @@ def test_what_is_measured_with_the_same_settings_is_skipped_and_all_else_measure
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.get("kind") or line["step"] for line in lines] == [3, 6, "trajectory"]
     old = json.loads((run / "step-00003" / "metrics.json").read_text())
-    (run / "step-00003" / "metrics.json").write_text(json.dumps(old | {"format": 0}))       # an older format
+    (run / "step-00003" / "metrics.json").write_text(json.dumps(old | {"format": 0, "settings": [], "wand": 1}))       # an older format
     (run / "step-00006" / "metrics.json").write_text(json.dumps(json.loads((run / "step-00006" / "metrics.json").read_text()) | {"speculative": {"acceptance": 0.5}}))
     evaluate.main([str(run), *ARGUMENTS])
     assert len(calls) == 1 and json.loads((run / "step-00003" / "metrics.json").read_text()) == old         # a pure function of weights and slice
@@ -693,7 +693,7 @@ def test_step_directories_are_ordered_by_number(trained, tmp_path):
 
 @pytest.mark.parametrize("argv, words", [(["--split-tokens", "9999999"], ["9,999,999", "lower"]), (["--split-tokens", "0"], ["split-tokens 0"]),
                                          (["--split-tokens", "640", "--wand-tokens", "640"], ["wand-tokens 640", "from 16 (one window) to 624"]),
-                                         (["--routing-cap", "-1"], ["routing-cap -1"]), (["--data", "nowhere"], ["nowhere"]), (["--data", ""], ["another tokenizer"])])
+                                         (["--split-tokens", "16"], ["wand-tokens 16", "raise --split-tokens"]), (["--routing-cap", "-1"], ["routing-cap -1"]), (["--data", "nowhere"], ["nowhere"]), (["--data", ""], ["another tokenizer"])])
 def test_bad_input_gets_one_line(argv, words, trained, refused, monkeypatch):
     if argv[1] == "":
         monkeypatch.setattr(evaluate, "open_data", lambda path, vocab: open_data(path, vocab + 1))
