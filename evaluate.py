@@ -1,75 +1,190 @@
 """
-Measure checkpoints: bits per byte and accuracy of every stage, every prefix and the full product, from one pass of the trunk.
+Measure checkpoints: every table of the model card from one pass of the trunk, for one checkpoint, a run or two runs.
 
-    python evaluate.py runs/tiny/step-00300           # one checkpoint
-    python evaluate.py runs/tiny                      # every checkpoint of a run, in order of its steps
+    python evaluate.py runs/tiny/step-00300                     # one checkpoint
+    python evaluate.py runs/tiny                                # every checkpoint of a run: TRAJECTORY.md and trajectory.png beside them
+    python evaluate.py runs/poe runs/bp                         # two runs side by side, with the gap in percent
+    torchrun --standalone --nproc_per_node 8 evaluate.py runs/3b
 
-The slice is the first `--split-tokens` of the validation windows, which are fixed for ever (dataloader.py). Sums are kept in
-float64 and divided once: bpb = summed nats / (ln 2 x summed UTF-8 bytes of the targets), never a mean of means. Targets that are
-special tokens count no nats, no bytes and no accuracy. Results go to metrics.json inside each checkpoint and, as the model card's
-tables, to the terminal. Nothing else is written. Definitions: SPEC 2 and 7 of the model card's system (README).
+The slice is the first `--split-tokens` of the validation windows, which are fixed for ever (dataloader.py). Its first `--wand-tokens`
+calibrate bounds and thresholds; rates are reported on positions of later windows whose document has no position in the calibration part
+(`Slice`). bpb, accuracy and alpha use all of it. Targets that are special tokens count nowhere.
+
+Every figure is a ratio of float64 sums, kept per block of documents, so every rate has a standard error that knows that the positions of
+a document are alike, and every difference of bpb between two checkpoints has a paired one (`ratio`, `change`). A run's ranks share the
+windows and add up their sums. Memory is bounded by a chunk of tokens, and a few bytes per token of the slice.
+
+Written, inside the run that is given and nowhere else: metrics.json and timings.json of each step, `poe_wand_*` in its config.json,
+TRAJECTORY.md, trajectory.png. Definitions: SPEC 2 and 7 of the model card's system (README). WAND: after Broder et al., CIKM 2003.
 """
+import functools
 import hashlib
 import json
 import math
 import os
 import sys
 import time
+from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dataloader import VAL_SEED, open_data, validation_windows
-from flags import flag, parse_flags, run
-from model import attention_backends, checkpoint_steps, choose_device, combine, load_checkpoint
+from flags import Ranks, flag, parse_flags, run
+from model import attention_backends, checkpoint_steps, choose_device, load_checkpoint, norm, parameter_group, read_record, softcap
+from sample import complete
+from schedule import Phase, learning_rate, phase_index, position
 
-SPLIT_TOKENS = 1_048_576        # the card's slice
-CHUNK_LOGITS = 2 ** 26          # (token, vocabulary) pairs held at once per array: 256 MiB in float32
+FORMAT = 1                      # of metrics.json
+SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibrates
+CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 26}        # (token, vocabulary) pairs of one array held at once: a CPU's cache; 128 MiB in bfloat16
+N_BLOCKS = 128                  # blocks of documents that carry the standard errors
+ALPHAS = (0.25, 0.5, 0.75, 1.0)                         # alpha = 0 is the full prefix
+MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form [SPEC 7.6]
+CURVE_SHARES = tuple(s / 20 for s in range(1, 21))      # shares of calibration positions that leave at s0: the routing curve
+SUMMED = ("nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha", "tokens", "bytes")      # columns of the whole slice
+CALIBRATING = ("range", "margin", "agree", "confidence", "regret", "tokens")            # columns kept of the calibration part
+BOUNDS_KEY = "poe_wand_p99_bounds_per_stage_head"       # in a checkpoint's config.json
+PROBE_TOKENS = 60
+PROBE = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
+         "The opposite of hot is", "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is")
+FACTS = ("Paris", "Au", "79", "planets", "2")
+PLANETS = ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # One pass
 
+def token_statistics(logits, targets, full):
+    """What the tables need of n positions: a dict of float tensors (n, w). The one place that reads the vocabulary.
+
+    logits: K tensors (n, V), the heads' outputs before the softcap. targets: int64 (n,). full: with alpha, ranges, margins and agreement.
+    With z_k = softcap(logits_k), log p_k is z_k less a constant of the position, so the score of a prefix is the mean of its z_k, up
+    to a constant: argmaxes, margins and ranges need no normalisation, and logsumexp is taken of the mean itself (|z| < 15, so exp()
+    needs no maximum subtracted). Equal to model.combine by test; written so that it compiles into one kernel that reads the logits twice
+    and keeps no (n, V) array but the K means.
+    nats_single, nats_prefix, hits_single, hits_prefix: (n, K). nats_alpha: (n, 4). range, margin: nats (n, K - 1): of prefix k + 1 to
+    k + 2, and top-1 less top-2 of prefix k + 1. agree: prefix k + 1 has full's argmax. confidence: (n, 1), s0's top probability.
+    regret: (n, 1), log p_full(y) - log p_0(y). Ties of an argmax go to the lowest id.
+    """
+    K, y = len(logits), targets[:, None]                                    # (n, 1)
+    columns = {name: [] for name in ("nats_single", "nats_prefix", "hits_single", "hits_prefix")}
+    total, total_y, means, tops = 0.0, 0.0, [], []
+    for k in range(K):
+        z, z_y = softcap(logits[k]), softcap(logits[k].gather(1, y))        # (n, V), (n, 1)
+        total, total_y = total + z, total_y + z_y
+        mean, top = total / (k + 1), (total / (k + 1)).argmax(dim=-1, keepdim=True)
+        normaliser = z.exp().sum(dim=-1, keepdim=True).log()                # (n, 1)
+        columns["nats_single"].append(normaliser - z_y)
+        columns["nats_prefix"].append(mean.exp().sum(dim=-1, keepdim=True).log() - total_y / (k + 1) if k else normaliser - z_y)
+        columns["hits_single"].append((z.argmax(dim=-1, keepdim=True) == y).to(z.dtype))
+        columns["hits_prefix"].append((top == y).to(z.dtype))
+        means.append(mean)
+        tops.append(top)
+        if full and k == 0:
+            columns["confidence"] = [(z.amax(dim=-1, keepdim=True) - normaliser).exp()]
+    if full:
+        ids, best = torch.arange(mean.size(1), device=mean.device), mean.amax(dim=-1, keepdim=True)
+        columns["nats_alpha"] = [((mean - best) * K ** alpha).exp().sum(dim=-1, keepdim=True).log() - (total_y / K - best) * K ** alpha
+                                 for alpha in ALPHAS]                       # S_alpha = K^alpha x the mean
+        columns["regret"] = [columns["nats_single"][0] - columns["nats_prefix"][-1]]
+        if K > 1:
+            deltas = [after - before for before, after in zip(means, means[1:])]
+            columns["range"] = [d.amax(dim=-1, keepdim=True) - d.amin(dim=-1, keepdim=True) for d in deltas]
+            columns["margin"] = [mean.amax(dim=-1, keepdim=True) - mean.masked_fill(ids == top, -torch.inf).amax(dim=-1, keepdim=True)
+                                 for mean, top in zip(means[:-1], tops)]
+            columns["agree"] = [(top == tops[-1]).to(mean.dtype) for top in tops[:-1]]
+    return {name: torch.cat(parts, dim=1) for name, parts in columns.items()}
+
+
+@functools.cache
+def fused_token_statistics():
+    return torch.compile(token_statistics, dynamic=False)
+
+
+def send(tensor, device):
+    """Copy a CPU tensor to a device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @torch.no_grad()
+def one_pass(model, mix, windows, tokenizer, batch_size, full, progress=None):
+    """Run the trunk once over `windows` of `mix`; yield (windows of the batch, columns): `token_statistics` of its B T positions.
+
+    Two columns are added: tokens (1 where the target counts, 0 for special tokens) and bytes. Nothing here waits for the device.
+    """
+    device, K = model.cos.device, model.config.n_stage
+    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)
+    heads = [model.head_weight(k) for k in range(K)]
+    statistics = fused_token_statistics() if device.type == "cuda" else token_statistics
+    step = max(1, CHUNK_LOGITS[device.type] // model.config.vocab_size)
+    for first in range(0, len(windows), batch_size):
+        rows = windows[first:first + batch_size]
+        idx, targets = (send(t, device) for t in mix.batch(rows))
+        y = targets.flatten()
+        stages = [norm(x).flatten(0, 1) for x in model.boundaries(idx)]     # K x (B T, C)
+        chunks = [statistics([F.linear(x[i:i + step], head) for x, head in zip(stages, heads)], y[i:i + step], full)
+                  for i in range(0, len(y), step)]
+        columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        columns["bytes"] = token_bytes[y][:, None]
+        columns["tokens"] = (columns["bytes"] > 0).double()
+        yield rows, columns
+        if progress:
+            progress(len(rows))
+
+
+def add(sums, columns, weight, blocks=None):
+    """Add columns (N, w) times weight (N, 1) to the float64 `sums`, {name: (w,)}; per block {name: (G, w)} where blocks (N,) is given.
+
+    Per block by a matrix product and not by atomic additions, whose order, and so the last digit, would change from run to run.
+    """
+    select = None if blocks is None else F.one_hot(blocks, N_BLOCKS).double().T                     # (G, N)
+    for name, column in columns.items():
+        column = column.double() * weight
+        sums[name] = sums.get(name, 0.0) + (column.sum(dim=0) if select is None else select @ column)
+
+
+def all_reduce(tensors, world_size):
+    """Sum a dict of tensors over the ranks, in place."""
+    for name in sorted(tensors) if world_size > 1 else ():
+        torch.distributed.all_reduce(tensors[name])
+
+
+def share(first, last, rank, world_size):
+    """This rank's windows of range(first, last), an array."""
+    if last - first < world_size:
+        raise ValueError(f"{last - first} windows cannot be shared by {world_size} ranks; take fewer ranks or more tokens")
+    return np.arange(first, last)[rank::world_size]
+
+
 def score(model, mix, n_windows, tokenizer, batch_size, rank=0, world_size=1, progress=None):
     """Sum nats and hits of every stage and prefix over the first `n_windows` windows of `mix`, in one pass of the trunk.
 
-    Memory is bounded by `batch_size` windows of activations and CHUNK_LOGITS of log-probabilities. progress: called with (done, of).
+    Ranks take disjoint windows; every rank returns the sums of all. progress: called with (windows done, of), this rank's.
     Returns a dict: tokens, bytes (counted targets), and float64 lists nats_single, nats_prefix, hits_single, hits_prefix of length K.
     """
-    K, device = model.config.n_stage, model.cos.device
-    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)
-    chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    sums = torch.zeros(4, K, dtype=torch.float64, device=device)        # nats single, nats prefix, hits single, hits prefix
-    n_tokens = n_bytes = 0
-    for first in range(rank * batch_size, n_windows, world_size * batch_size):
-        idx, targets = (t.to(device) for t in mix.batch(np.arange(first, min(first + batch_size, n_windows))))
-        stages = [x.flatten(0, 1) for x in model.boundaries(idx)]       # K x (B T, C)
-        targets = targets.flatten()
-        counted = (token_bytes[targets] > 0).double()                   # 0 for special tokens
-        n_tokens += int(counted.sum())
-        n_bytes += int(token_bytes[targets].sum())
-        for i in range(0, len(targets), chunk):
-            y, weight = targets[i:i + chunk, None], counted[i:i + chunk]        # (n, 1), (n,)
-            total = 0.0
-            for k in range(K):
-                single = model.log_probs(k, stages[k][i:i + chunk])             # (n, V)
-                total = total + single
-                prefix = combine(total, k + 1)
-                for row, log_probs in ((0, single), (1, prefix)):
-                    sums[row, k] -= (log_probs.gather(1, y)[:, 0].double() * weight).sum()
-                    sums[row + 2, k] += ((log_probs.argmax(dim=-1) == y[:, 0]) * weight).sum()
+    windows, sums = share(0, n_windows, rank, world_size), {}
+    count = counter(progress, len(windows))
+    for _, columns in one_pass(model, mix, windows, tokenizer, batch_size, False, count):
+        add(sums, columns, columns["tokens"])
+    all_reduce(sums, world_size)
+    sums = {name: value.tolist() for name, value in sums.items()}
+    return {**sums, "tokens": int(sums["tokens"][0]), "bytes": int(sums["bytes"][0])}
+
+
+def counter(progress, n):
+    """A function of the windows just done that calls progress(done, n)."""
+    done = [0]
+
+    def count(more):
+        done[0] += more
         if progress:
-            progress(min(first + batch_size, n_windows), n_windows)
-    if world_size > 1:
-        counts = torch.tensor([n_tokens, n_bytes], device=device)
-        torch.distributed.all_reduce(sums)
-        torch.distributed.all_reduce(counts)
-        n_tokens, n_bytes = counts.tolist()
-    names = ("nats_single", "nats_prefix", "hits_single", "hits_prefix")
-    return {"tokens": n_tokens, "bytes": n_bytes, **dict(zip(names, sums.tolist()))}
+            progress(done[0], n)
+    return count
 
 
 def summarize(sums):
@@ -77,20 +192,17 @@ def summarize(sums):
     def bpb(nats):
         return nats / (math.log(2) * sums["bytes"])
 
-    def accuracy_stderr(hits):
-        rate = hits / sums["tokens"]
-        return math.sqrt(rate * (1 - rate) / sums["tokens"])            # binomial, tokens taken as independent
-
     full, single = bpb(sums["nats_prefix"][-1]), [bpb(n) for n in sums["nats_single"]]
     return {
         "tokens": sums["tokens"], "bytes": sums["bytes"],
         "bpb": {"full": full, "single": single, "prefix": [bpb(n) for n in sums["nats_prefix"]]},
-        "accuracy": {"full": sums["hits_prefix"][-1] / sums["tokens"], "single": [h / sums["tokens"] for h in sums["hits_single"]],
-                     "full_stderr": accuracy_stderr(sums["hits_prefix"][-1]),
-                     "single_stderr": [accuracy_stderr(h) for h in sums["hits_single"]]},
+        "accuracy": {"full": sums["hits_prefix"][-1] / sums["tokens"], "single": [h / sums["tokens"] for h in sums["hits_single"]]},
         "crossover_gap": full - single[-1],
     }
 
+
+# ---------------------------------------------------------------------------------------------------------------
+# The slice and its documents
 
 def slice_text(mix, n_windows, tokenizer):
     """The slice's target text as bytes, in the order of the corpus, which is the kindest to a compressor, and its sha256."""
@@ -100,28 +212,265 @@ def slice_text(mix, n_windows, tokenizer):
     return text, hashlib.sha256(text).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints and tables
+def slice_documents(mix, n_windows, bos):
+    """The document of each target: int64 (n_windows, T), numbered from 0 in the order of the sources and their streams.
 
-def evaluate_checkpoint(path, config, progress):
-    """Measure one step directory; write its metrics.json; return the metrics."""
-    device, dtype = choose_device(config.device, config.dtype)
-    model, record, weights_sha256 = load_checkpoint(path, device, dtype)
-    data = open_data(config.data if config.data is not None else record["train"]["data"], record["model"]["vocab_size"])
-    if data.tokenizer.sha256 != record["tokenizer"]["sha256"]:
-        raise ValueError(f"{data.path or 'the embedded sample'} was tokenised with another tokenizer than {path}; use --data with its own")
-    mix = data.val(model.config.sequence_len)
-    split_tokens = config.split_tokens or (mix.n_in_first_epoch() * mix.T if not data.path else SPLIT_TOKENS)
-    n_windows = validation_windows(mix, split_tokens)
-    with attention_backends(device):
-        sums = score(model, mix, n_windows, data.tokenizer, config.device_batch_size, progress=progress)
-    if not math.isfinite(sums["nats_prefix"][-1]):
-        raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
-    metrics = {"format": 1, "settings": {"split_tokens": n_windows * mix.T, "seed": VAL_SEED, "weights_sha256": weights_sha256,
-                                         "slice_sha256": slice_text(mix, n_windows, data.tokenizer)[1]},
-               "step": record["step"], **summarize(sums), "train_log_bpb": train_log_bpb(path.parent, record["step"])}
-    write_json(path / "metrics.json", metrics)
+    A document is a source and the place of its bos: the last one at or before the target, looked for in earlier windows where the
+    window's own beginning lies inside a document. So windows that hold pieces of one document name the same number.
+    """
+    T, (source, _, window) = mix.T, mix.locate(np.arange(n_windows))
+    begins = np.empty((n_windows, T), dtype=np.int64)                       # place of the document's bos in the source's stream
+    for i in range(n_windows):
+        stream, w = mix.sources[source[i]], int(window[i])
+        place = np.where(stream.window(w, T) == bos, w * T + np.arange(T + 1), -1)
+        earlier = w
+        while place[0] < 0:
+            earlier -= 1
+            found = np.flatnonzero(stream.window(earlier, T)[:T] == bos) if earlier >= 0 else [0]
+            if len(found):
+                place[0] = max(earlier, 0) * T + found[-1]
+        begins[i] = np.maximum.accumulate(place)[1:]
+    _, number = np.unique(begins + (source[:, None].astype(np.int64) << 48), return_inverse=True)
+    return number.reshape(n_windows, T)
+
+
+class Slice:
+    """The text that is measured: the first windows of a validation mix. A pure function of the mix and the two sizes.
+
+    The first `n_calibration` windows calibrate. Rates are reported on `in_report`, bool (n_windows, T): positions of the other windows
+    whose target's document has no target in a calibration window, because windows cut documents and both parts may hold pieces of one.
+    """
+
+    def __init__(self, mix, n_windows, n_calibration, tokenizer):
+        self.mix, self.n_windows, self.n_calibration, self.tokenizer = mix, n_windows, n_calibration, tokenizer
+        self.documents = slice_documents(mix, n_windows, tokenizer.bos)
+        self.in_report = ~np.isin(self.documents, self.documents[:n_calibration])
+        if not self.in_report.any():
+            raise ValueError(f"every document of the slice has tokens among the {n_calibration * mix.T:,} that calibrate, so none is left to report "
+                             f"on; lower --wand-tokens or raise --split-tokens")
+        self.sha256 = slice_text(mix, n_windows, tokenizer)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Calibration
+
+def quantile_index(n, percent):
+    """Place, in ascending order, of the smallest of n values that has at least `percent` % of them at or below it."""
+    return max(0, -(-n * percent // 100) - 1)
+
+
+def fit_threshold(score, cost, cap):
+    """The smallest score threshold t for which the mean cost of the positions with score >= t is at most `cap`; inf where none is.
+
+    score, cost: float64 (n,). Equal scores stay together. The one rule behind routing and WAND's margin form (SPEC 7.6).
+    """
+    order = np.argsort(-score, kind="stable")
+    ordered, mean = score[order], np.cumsum(cost[order]) / np.arange(1, len(order) + 1)
+    last_of_equals = np.append(ordered[1:] != ordered[:-1], True)[:len(order)]
+    allowed = np.flatnonzero(last_of_equals & (mean <= cap))
+    return float(ordered[allowed[-1]]) if len(allowed) else math.inf
+
+
+def calibrate(columns, cap):
+    """Fit everything adaptive on the calibration positions: a dict of float64 arrays. columns: float64 (n, w) by `token_statistics`' names.
+
+    bounds (K - 1,): p99 of each range, exact: an observed value; bounds_stderr: half the distance of the order statistics one binomial
+    deviation to either side. remaining: what the stages not yet run may still move, the sum of their bounds. margins (K - 1,):
+    `fit_threshold` of the positions that have not left earlier, on disagreement, so that violations stay within MARGIN_CAP in sum too.
+    tau (1,): routing. levels (20,): s0's confidence at CURVE_SHARES.
+    """
+    n = len(columns["range"])
+    ranges, deviation = np.sort(columns["range"], axis=0), round(math.sqrt(n * 0.01 * 0.99))
+    at = quantile_index(n, 99)
+    bounds, stays, margins = ranges[at], np.ones(n, dtype=bool), []
+    for margin, agree in zip(columns["margin"].T, columns["agree"].T):
+        margins.append(fit_threshold(margin[stays], 1 - agree[stays], MARGIN_CAP))
+        stays &= margin < margins[-1]
+    confidence = columns["confidence"][:, 0]
+    return {"bounds": bounds, "remaining": np.cumsum(bounds[::-1])[::-1].copy(), "margins": np.array(margins),
+            "bounds_stderr": (ranges[min(n - 1, at + deviation)] - ranges[max(0, at - deviation)]) / 2,
+            "tau": np.array([fit_threshold(confidence, np.maximum(columns["regret"][:, 0], 0), cap)]),
+            "levels": np.sort(confidence)[[n - 1 - quantile_index(n, round(100 * share)) for share in CURVE_SHARES]]}
+
+
+def adaptive_statistics(columns, fitted, cap):
+    """What adaptive decoding would do at each position, under fitted thresholds: a dict of float64 columns (N, w), summed later.
+
+    WAND stops after stage k where margin > the bounds that remain; its margin form where margin >= the stage's threshold; routing takes
+    s0 where its confidence >= tau. exit: one-hot (N, K). violation: it stopped early and full's argmax differs. cost: max(regret, 0).
+    """
+    agree, confidence, regret = columns["agree"], columns["confidence"], columns["regret"]
+    out = {"tokens": torch.ones_like(regret), "exceedance": columns["range"] > fitted["bounds"], "base_agree": agree[:, :1]}
+    for name, decided in (("wand", columns["margin"] > fitted["remaining"]), ("margin", columns["margin"] >= fitted["margins"])):
+        stage = F.pad(decided.int(), (0, 1), value=1).argmax(dim=1, keepdim=True)                   # the first that decides; else the last
+        out[f"{name}_exit"] = F.one_hot(stage[:, 0], agree.size(1) + 1)
+        out[f"{name}_violation"] = 1 - F.pad(agree, (0, 1), value=1).gather(1, stage)
+    routed, leaves = confidence >= fitted["tau"], confidence >= fitted["levels"]                    # (N, 1), (N, 20)
+    return out | {"routed": routed, "routed_agree": routed * agree[:, :1], "cost": routed * regret.clamp(min=0), "oracle": regret <= cap,
+                  "curve": leaves, "curve_agree": leaves * agree[:, :1]}
+
+
+def stage_bytes(model):
+    """Weight bytes that decoding one token reads up to and including each stage, a list of length K.
+
+    Block matrices and one merged head (V x C) per stage in the compute dtype. Embedding rows, gates and scalars, under 0.1 %, are left out.
+    """
+    per_stage = [model.config.vocab_size * model.config.n_embd] * model.config.n_stage
+    for name, p in model.named_parameters():
+        if parameter_group(name) == "matrices":
+            per_stage[model.stage_of(name)] += p.numel()
+    return (np.cumsum(per_stage) * model.compute_dtype.itemsize).tolist()
+
+
+def ratio(numerator, denominator):
+    """(R, standard error) of R = sum(numerator) / sum(denominator), from sums per block of documents, float64 (G,).
+
+    The usual linearisation of a ratio: with e = numerator - R denominator, se^2 = G / (G - 1) sum(e^2) / sum(denominator)^2 over the G
+    blocks that hold something. Documents are taken as independent, positions of one are not. None where nothing was counted.
+    """
+    total, G = denominator.sum(), int((denominator != 0).sum())
+    if total == 0:
+        return None, None
+    value = numerator.sum() / total
+    residual = numerator - value * denominator
+    return float(value), float(math.sqrt(G / (G - 1) * (residual ** 2).sum()) / total) if G > 1 else None
+
+
+def put(metrics, name, numerators, denominator):
+    """Set metrics[name] and metrics[name_stderr] to the ratio of sums per block: numerators (G,), or (G, w) for lists of w."""
+    if numerators.ndim == 1:
+        metrics[name], metrics[f"{name}_stderr"] = ratio(numerators, denominator)
+    else:
+        metrics[name], metrics[f"{name}_stderr"] = map(list, zip(*(ratio(column, denominator) for column in numerators.T)))
+
+
+def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
+    """Every table but speculation and samples, in one pass of the trunk over a `Slice`: metrics.json's keys, in memory of a chunk.
+
+    The calibration windows run first; their few columns are kept, fitted, and the rest of the slice runs under what was fitted.
+    """
+    device, K, T = model.cos.device, model.config.n_stage, part.mix.T
+    blocks, in_report = torch.from_numpy(part.documents % N_BLOCKS), torch.from_numpy(part.in_report)
+    mine = [share(0, part.n_calibration, rank, world_size), share(part.n_calibration, part.n_windows, rank, world_size)]
+    sums, report, kept, fitted, count = {}, {}, {}, {}, counter(progress, sum(map(len, mine)))
+    for windows, calibrating in zip(mine, (True, False)):
+        for rows, columns in one_pass(model, part.mix, windows, part.tokenizer, batch_size, True, count):
+            block = send(blocks[rows].flatten(), device)
+            add(sums, {name: columns[name] for name in SUMMED}, columns["tokens"], block)
+            if calibrating:
+                for name in CALIBRATING if K > 1 else ():
+                    value = columns[name].view(len(rows), T, -1)
+                    if name not in kept:
+                        kept[name] = value.new_zeros(part.n_calibration, T, value.size(2))
+                    kept[name][rows] = value
+            elif K > 1:
+                weight = columns["tokens"] * send(in_report[rows].flatten()[:, None], device)
+                add(report, adaptive_statistics(columns, fitted, cap), weight, block)
+        if calibrating and K > 1:
+            all_reduce(kept, world_size)
+            counted = kept.pop("tokens")[..., 0] > 0
+            found = calibrate({name: value[counted].double().cpu().numpy() for name, value in kept.items()}, cap)
+            fitted = {name: torch.from_numpy(value).to(device) for name, value in found.items()}
+            kept = {"tokens": counted.sum()}
+    all_reduce(sums, world_size)
+    all_reduce(report, world_size)
+    sums, report = ({name: value.cpu().numpy() for name, value in d.items()} for d in (sums, report))
+    metrics = slice_metrics(sums) | {"documents": int(part.documents.max()) + 1, "wand": None, "routing": None, "speculative": None}
+    if K > 1:
+        metrics |= adaptive_metrics(report, found, cap, stage_bytes(model))
+        metrics["wand"]["tokens"] = int(kept["tokens"])
     return metrics
+
+
+def slice_metrics(sums):
+    """bpb, accuracy, alpha and the gap from sums per block, numpy (G, w), with standard errors; and the blocks' nats for paired ones."""
+    n_bytes, tokens = sums["bytes"][:, 0], sums["tokens"][:, 0]
+    totals = {name: value.sum(axis=0).tolist() for name, value in sums.items()}
+    metrics = summarize({**totals, "tokens": int(tokens.sum()), "bytes": int(n_bytes.sum())})
+    nats = {"bpb": {"full": sums["nats_prefix"][:, -1], "single": [*sums["nats_single"].T], "prefix": [*sums["nats_prefix"].T]},
+            "alpha_sweep": {"0": sums["nats_prefix"][:, -1], **{f"{a:g}": column for a, column in zip(ALPHAS, sums["nats_alpha"].T)}},
+            "crossover_gap": sums["nats_prefix"][:, -1] - sums["nats_single"][:, -1]}
+    metrics["alpha_sweep"] = {name: column.sum() / (math.log(2) * n_bytes.sum()) for name, column in nats["alpha_sweep"].items()}
+    metrics["bpb"]["full_stderr"] = ratio(nats["bpb"]["full"] / math.log(2), n_bytes)[1]
+    metrics["crossover_gap_stderr"] = ratio(nats["crossover_gap"] / math.log(2), n_bytes)[1]
+    put(metrics["accuracy"], "single", sums["hits_single"], tokens)
+    put(metrics["accuracy"], "full", sums["hits_prefix"][:, -1], tokens)
+
+    def text(value):
+        """A list of numbers as one string: a line of the file, not one per number."""
+        if isinstance(value, dict):
+            return {name: text(v) for name, v in value.items()}
+        return [text(v) for v in value] if isinstance(value, list) else " ".join(f"{v:.4f}".rstrip("0").rstrip(".") for v in value)
+    metrics["blocks"] = {"bytes": text(n_bytes), **text(nats)}
+    return metrics
+
+
+def adaptive_metrics(report, found, cap, read_bytes):
+    """WAND and routing from the sums of `adaptive_statistics` per block, numpy (G, w).
+
+    violation_rate: among the positions that stopped early. agreement: of all positions, those that ran to the end included; so
+    1 - agreement = violation_rate (1 - exit_fraction[K - 1]). projected_speedup: full's bytes over the mean bytes read.
+    """
+    tokens, out = report["tokens"][:, 0], {}
+    for name in ("wand", "margin"):
+        exits, violation = report[f"{name}_exit"], report[f"{name}_violation"][:, 0]
+        put(out.setdefault(name, {}), "violation_rate", violation, tokens - exits[:, -1])
+        put(out[name], "exit_fraction", exits, tokens)
+        put(out[name], "agreement", tokens - violation, tokens)
+        out[name]["projected_speedup"] = read_bytes[-1] / float(np.dot(out[name]["exit_fraction"], read_bytes))
+    put(out["wand"], "exceedance", report["exceedance"], tokens)
+    thresholds = [None if math.isinf(t) else t for t in found["margins"].tolist()]
+    wand = {"p99_bounds": found["bounds"].tolist(), "p99_bounds_stderr": found["bounds_stderr"].tolist(), "report_tokens": int(tokens.sum()),
+            **out["wand"], "margin": {"cap": MARGIN_CAP, "thresholds": thresholds, **out["margin"]}}
+    routed, routing = report["routed"][:, 0], {"cap": cap, "threshold": None if math.isinf(found["tau"][0]) else float(found["tau"][0])}
+    put(routing, "fraction", routed, tokens)
+    put(routing, "oracle_fraction", report["oracle"][:, 0], tokens)
+    put(routing, "agreement", report["routed_agree"][:, 0], routed)
+    put(routing, "base_agreement", report["base_agree"][:, 0], tokens)
+    put(routing, "mean_cost", report["cost"][:, 0], routed)
+    f = routing["fraction"]
+    routing["projected_speedup"] = read_bytes[-1] / (f * read_bytes[0] + (1 - f) * read_bytes[-1])
+    routing["projected_speedup_card"] = 1 / (1 - 0.49 * f)                  # the stage-0 cost of 0.51 that fits the card's first rows
+    routing["curve"] = [{"threshold": float(t)} for t in found["levels"]]
+    for point, leaving, agreeing in zip(routing["curve"], report["curve"].T, report["curve_agree"].T):
+        put(point, "fraction", leaving, tokens)
+        put(point, "agreement", agreeing, leaving)
+    return {"wand": wand, "routing": routing}
+
+
+def probe(model, tokenizer):
+    """The sample-mode probe: greedy continuations by the full product, and what they know: (samples, facts), graded by substring.
+
+    A context too short for a prompt gives no completion, and one too short for 60 tokens a shorter one.
+    """
+    samples = []
+    for prompt in PROBE:
+        room = min(PROBE_TOKENS, model.config.sequence_len + 1 - len(tokenizer.encode(prompt)))
+        text = complete(model, tokenizer, prompt, room, range(model.config.n_stage), temperature=0.0)[0]["completion"] if room > 0 else ""
+        samples.append({"prompt": prompt, "completion": text})
+    text = {sample["prompt"]: sample["completion"] for sample in samples}
+    planets = [planet in text[PROBE[4]] for planet in PLANETS]
+    return samples, {"Paris": "Paris" in text[PROBE[0]], "Au": "Au" in text[PROBE[1]], "79": "79" in text[PROBE[1]],
+                     "planets": all(planets), "planets_named": sum(planets), "2": "2" in text[PROBE[6]]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of a checkpoint and of a run
+
+def write_json(path, value):
+    """Write a JSON file whole or not at all. A hard link to the old file elsewhere keeps the old content."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_object(path):
+    """The JSON object in a file; {} where there is no file or no object in it."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_log(path):
@@ -143,31 +492,558 @@ def train_log_bpb(run, step):
     return {"full": found[-1]["bpb"]["full"], "tokens": found[-1]["tokens"]} if found else None
 
 
-def write_json(path, value):
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+def phases_of(run, path=None):
+    """The phases of a run, from its config.json or, where it has none, from a step's. [] where neither names any."""
+    for record in filter(None, (read_object(run / "config.json"), read_object(path / "config.json") if path else {})):
+        try:
+            return [Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
+                    for row in record["phases"]]
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{run / 'config.json'} holds no phase table ({e!r}); restore it from a copy") from None
+    return []
 
 
-def tables(rows):
-    """The card's tables 2 and 3 as Markdown; rows: metrics of checkpoints with the same number of stages."""
-    K = len(rows[0]["bpb"]["single"])
-    stages = [f"s{k}" for k in range(K)]
-    bpb = [[f"`step-{m['step']:05d}`", f"{m['step']:,}"] + [f"{v:.6f}" for v in
-           [m["bpb"]["full"], *m["bpb"]["single"], *m["bpb"]["prefix"][:-1]]] for m in rows]
-    accuracy = [[f"`step-{m['step']:05d}`", f"{m['step']:,}"] + [f"{v:.4f}" for v in
-                [*m["accuracy"]["single"], m["accuracy"]["full"]]] for m in rows]
-    return "\n\n".join([
-        "### Per-stage BPB\n\n" + markdown(["Branch", "Step", f"full K={K}", *(f"single {s}" for s in stages),
-                                            *(f"prefix K'={k}" for k in range(1, K))], bpb),
-        "### Per-stage standalone target accuracy\n\n" + markdown(["Branch", "Step", *stages, "full"], accuracy)])
+def phase_position(phases, step):
+    """metrics.json's `phase` of a step, or None where no phase is known."""
+    if not phases or step < phases[0].anchor:
+        return None
+    phase = phases[phase_index(phases, step)]
+    name, offset = position(phase, step)
+    return {"rel_it": step - phase.anchor, "lrm": learning_rate(phase, step), "position": name, "offset": offset}
+
+
+def write_bounds(path, bounds):
+    """Set the calibrated bounds in a step's config.json, atomically and nothing else; a run that shares the file keeps its own."""
+    record = json.loads((path / "config.json").read_text())
+    if record.get(BOUNDS_KEY) != bounds:
+        write_json(path / "config.json", {**record, BOUNDS_KEY: bounds})
+
+
+def read_metrics(path):
+    """metrics.json of a step directory. Raises FileNotFoundError or ValueError where there is none, or one of another format."""
+    file, metrics = path / "metrics.json", read_object(path / "metrics.json")
+    if not file.exists():
+        raise FileNotFoundError(f"{path} has no metrics.json; measure it: leave --no-measure out")
+    if metrics.get("format") != FORMAT or not {"step", "bpb", "accuracy", "alpha_sweep", "crossover_gap", "wand"} <= metrics.keys():
+        raise ValueError(f"{file} is of an older or foreign format; measure it again: leave --no-measure out")
+    return {**metrics, "timings": read_object(path / "timings.json")}
+
+
+def open_slice(path, record, config, slices):
+    """The `Slice` that `config` asks for, over the data of the checkpoint `path` or of --data. slices: a dict that keeps what was opened."""
+    run_data = get(read_object(path.parent / "config.json"), ("train", "data"))     # of a run that continues another on other data: one for all rows
+    folder, model = next(d for d in (config.data, run_data, record["train"]["data"]) if d is not None), record["model"]
+    key = (folder, model["vocab_size"], model["sequence_len"], record["tokenizer"]["sha256"])
+    if key not in slices:
+        data = open_data(folder, model["vocab_size"])
+        if data.tokenizer.sha256 != record["tokenizer"]["sha256"]:
+            raise ValueError(f"{folder or 'the embedded sample'} was tokenised with another tokenizer than {path}; use --data with its own")
+        mix = data.val(model["sequence_len"])
+        split = config.split_tokens or (SPLIT_TOKENS if data.path else mix.n_in_first_epoch() * mix.T)
+        n_windows = validation_windows(mix, split)
+        n_calibration = max(1, n_windows // 8) if config.wand_tokens is None else config.wand_tokens // mix.T
+        if not 1 <= n_calibration < n_windows:
+            asked = n_calibration * mix.T if config.wand_tokens is None else config.wand_tokens
+            raise ValueError(f"--wand-tokens {asked} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give from "
+                             f"{mix.T} (one window) to {(n_windows - 1) * mix.T:,}, or raise --split-tokens")
+        slices[key] = Slice(mix, n_windows, n_calibration, data.tokenizer)
+    return slices[key]
+
+
+def evaluate_checkpoint(path, config, ranks, slices, progress=None):
+    """Measure one step directory unless its metrics.json has the same settings; write metrics.json, timings.json and the bounds."""
+    device, dtype = choose_device(ranks.device_name(config.device), config.dtype)
+    if path.name.startswith(".tmp-step-"):
+        raise ValueError(f"{path} is a checkpoint being written right now; wait until it is step-XXXXX")
+    old, model, failure, start = read_object(path / "metrics.json"), None, None, time.time()
+    try:
+        record, phases = read_record(path), phases_of(path.parent, path)
+        part = open_slice(path, record, config, slices)
+        settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
+                    "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."),
+                    "samples": config.samples}
+        weights = get(read_object(path / "manifest.json"), ("files", "model.pt"))
+        done = old.get("format") == FORMAT and old.get("settings") == {**settings, "weights_sha256": weights}
+        if not done:
+            model, record, weights = load_checkpoint(path, device, dtype)
+            if config.compile:
+                model.compile_regions()
+    except (OSError, ValueError) as e:
+        failure = e
+    if failed := [message for message in ranks.gather(failure and str(failure)) if message]:
+        raise failure or ValueError(failed[0])
+    if not done:
+        loaded, on_cuda = time.time(), device.type == "cuda"
+        weight_bytes = torch.cuda.memory_allocated(device) if on_cuda else None
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        with attention_backends(device), torch.compiler.set_stance("force_eager") if config.compile is False else nullcontext():
+            measured = measure(model, part, config.device_batch_size, config.routing_cap, ranks.rank, ranks.world_size, progress)
+            seconds, peak_bytes = time.time() - loaded, torch.cuda.max_memory_allocated(device) if on_cuda else None
+            if not math.isfinite(measured["bpb"]["full"]):
+                raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
+            samples, facts = probe(model, part.tokenizer) if config.samples and ranks.rank == 0 else (None, None)
+        if ranks.rank == 0:
+            if get(old, ("settings", "weights_sha256")) == weights:         # sample.py's measurement of these weights stands
+                measured["speculative"] = old.get("speculative")
+            old = {"format": FORMAT, "settings": {**settings, "weights_sha256": weights}, "step": record["step"],
+                   "phase": phase_position(phases, record["step"]), **measured,
+                   "train_log_bpb": train_log_bpb(path.parent, record["step"]), "samples": samples, "facts": facts}
+            write_json(path / "metrics.json", old)
+            write_json(path / "timings.json", read_object(path / "timings.json") | {"evaluate": {
+                "load_seconds": round(loaded - start, 2), "pass_seconds": round(seconds, 2), "world_size": ranks.world_size,
+                "weight_bytes": weight_bytes, "peak_bytes": peak_bytes}})
+    if ranks.rank == 0 and old.get("wand"):
+        write_bounds(path, old["wand"]["p99_bounds"])
+    return {**old, "timings": read_object(path / "timings.json")}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables
+
+Column = namedtuple("Column", "header path decimals better unit")          # better: -1 lower, +1 higher, 0 neither; unit: "", "%", "x", "+" (signed)
+Table = namedtuple("Table", "title columns read")                          # read: the columns that the reading speaks of; None: no changes either
+
+
+def get(value, path):
+    """The value at a path of keys and indices, or None where it leads nowhere."""
+    for key in path:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def make_tables(rows):
+    """The card's tables of numbers for rows with the same number of stages, in its order; then two for what its protocol lacks."""
+    last, K = rows[-1], len(rows[0]["bpb"]["single"])
+    stages, steps = [f"s{k}" for k in range(K)], [f"{k} → {k + 1}" for k in range(K - 1)]
+    sizes = [f" ({scaled(n)} tokens)" if n else "" for n in (get(last, ("train_log_bpb", "tokens")), last.get("tokens"))]
+    alphas = {"0": "α=0 (geom-mean)", "0.25": "α=0.25", "0.5": "α=0.5 (Bayesian √K)", "0.75": "α=0.75", "1": "α=1.0 (pure sum / Log-OP)"}
+
+    def column(header, *path, decimals=4, better=0, unit=""):
+        return Column(header, path, decimals, better, unit)
+
+    def bpb(header, *path):
+        return column(header, *path, decimals=6, better=-1)
+
+    def share(header, *path, better=0):
+        return column(header, *path, decimals=2, better=better, unit="%")
+
+    def speedup(header, *path, decimals=3):
+        return column(header, *path, decimals=decimals, better=1, unit="x")
+
+    exits = [c for name, form in (("p99", ("wand",)), ("margin", ("wand", "margin"))) for c in (
+        *(share(f"{name} exits {s}", *form, "exit_fraction", k) for k, s in enumerate(stages)),
+        column(f"{name} violations", *form, "violation_rate", decimals=6, better=-1),
+        column(f"{name} agreement", *form, "agreement", decimals=6, better=1), speedup(f"{name} speedup", *form, "projected_speedup"))]
+    curve = [(i, leaving) for i, leaving in enumerate(CURVE_SHARES) if i % 4 == 3 and get(last, ("routing", "curve"))]
+    return [
+        Table("Per-checkpoint val BPB", [
+            column("Phase rel_it", "phase", "rel_it", decimals=0), bpb(f"Training-log val BPB{sizes[0]}", "train_log_bpb", "full"),
+            bpb(f"Local-slice full K={K} BPB{sizes[1]}", "bpb", "full")], slice(1, 3)),
+        Table("Per-stage BPB", [
+            bpb(f"full K={K}", "bpb", "full"), *(bpb(f"single {s}", "bpb", "single", k) for k, s in enumerate(stages)),
+            *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], slice(1, K + 1)),
+        Table("Per-stage standalone target accuracy", [
+            *(column(s, "accuracy", "single", k, better=1) for k, s in enumerate(stages)),
+            column("full", "accuracy", "full", better=1)], slice(None)),
+        Table(f"Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)", [
+            column("acceptance α", "speculative", "acceptance", better=1),
+            column("mean accepted / 4", "speculative", "mean_accepted", decimals=2, better=1),
+            speedup("end-to-end speedup", "timings", "speculative", "speedup", decimals=2)], slice(1)),
+        Table(f"Confidence-aware routing (target_regression cap = {get(last, ('routing', 'cap')) or 0.02:.3f})", [
+            share("fraction routed to stage 0", "routing", "fraction", better=1), speedup("projected speedup", "routing", "projected_speedup"),
+            column("base s0=full agreement", "routing", "base_agreement", better=1)], slice(None)),
+        Table("WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)", [
+            column(f"bound {s}", "wand", "p99_bounds", k) for k, s in enumerate(steps)], slice(None)),
+        Table("Bayesian PoE α-sweep (renormed BPB at α=0)", [
+            *(bpb(header, "alpha_sweep", a) for a, header in alphas.items()),
+            column(f"crossover gap (α=0 vs single s{K - 1})", "crossover_gap", decimals=6, unit="+")], slice(5, None)),
+        Table("Adaptive depth, on other text than calibrated it", [
+            *(column(f"exceedance {s}", "wand", "exceedance", k) for k, s in enumerate(steps)), *exits], None),
+        Table("Routing, on other text than calibrated it", [
+            column("threshold", "routing", "threshold"), share("oracle fraction", "routing", "oracle_fraction"),
+            column("agreement of the routed", "routing", "agreement"), column("mean cost of the routed, nats", "routing", "mean_cost"),
+            speedup("speedup at the card's cost 0.51", "routing", "projected_speedup_card"),
+            *(column(f"agreement with {leaving:.0%} leaving", "routing", "curve", i, "agreement") for i, leaving in curve)], None),
+    ]
+
+
+def scaled(n):
+    """A count of tokens in short: 65.999e9 -> 66 B."""
+    unit, name = next(((u, s) for u, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if n >= u), (1, ""))
+    return f"{float(f'{n / unit:.3g}'):g} {name}".strip()
+
+
+def shown(column, value, change=False):
+    """A value, or a change of one, as the table prints it; a dash for what was not measured."""
+    if value is None:
+        return "—"
+    sign = "+" if change or column.unit == "+" else ""
+    if column.unit == "%":
+        return f"{100 * value:{sign}.{column.decimals}f}{' pp' if change else '%'}"
+    return f"{value:{sign},.{column.decimals}f}{'x' if column.unit == 'x' and not change else ''}"
+
+
+def change(column, row, base):
+    """(value of `row` - value of `base`, its standard error): None where not measured, or no error known.
+
+    bpb on the same slice: paired, per block of documents. Other rates: the root of the sum of squares, which is too large rather than
+    too small, because both come from the same text.
+    """
+    value, other = get(row, column.path), get(base, column.path)
+    if value is None or other is None:
+        return None, None
+    blocks = [get(r.get("blocks"), column.path) for r in (row, base)]
+    if None not in blocks and row["settings"]["slice_sha256"] == base["settings"]["slice_sha256"]:
+        nats, other_nats, n_bytes = (np.array(text.split(), dtype=np.float64) for text in (*blocks, row["blocks"]["bytes"]))
+        return value - other, ratio((nats - other_nats) / math.log(2), n_bytes)[1]
+    named = max(i for i, key in enumerate(column.path) if isinstance(key, str))
+    errors = [get(r, [f"{key}_stderr" if i == named else key for i, key in enumerate(column.path)]) for r in (row, base)]
+    return value - other, math.hypot(*errors) if None not in errors else None
+
+
+def judged(column, delta, stderr):
+    """A change in a word: better, worse, up or down; noise where it is within two standard errors or nothing; None where not measured."""
+    if delta is None:
+        return None
+    if abs(delta) <= 2 * (stderr or 0.0):
+        return "noise"
+    return {1: "better", -1: "worse"}[column.better * (1 if delta > 0 else -1)] if column.better else "up" if delta > 0 else "down"
+
+
+def step_name(step):
+    return f"`step-{step:05d}`"
+
+
+def step_names(steps):
+    return ", ".join(map(step_name, steps)) if steps else "none"
+
+
+def has_values(table, rows):
+    return any(get(row, column.path) is not None for row in rows for column in table.columns if column.path[0] != "phase")
 
 
 def markdown(header, rows):
     """A Markdown table, its first column left-aligned and the others right-aligned."""
     align = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
+
+
+def value_table(table, rows, mark=lambda row: ""):
+    """The card's form of a table: a row per checkpoint, without changes. mark: what to write behind a row's branch."""
+    return markdown(["Branch", "Step", *(c.header for c in table.columns)],
+                    [[step_name(r["step"]) + mark(r), f"{r['step']:,}", *(shown(c, get(r, c.path)) for c in table.columns)] for r in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The trajectory, read by rule
+
+def series(column, rows, after_warmup):
+    """What the rows say of one column, as JSON, or None where none has it. after_warmup: steps that make envelope and records.
+
+    A record is a row after the warmup that is better than every earlier such row (lower, where neither is better). in_a_row: how many
+    changes up to the last row went the better way. setback: the largest change the other way between two of these rows.
+    """
+    measured = [row for row in rows if get(row, column.path) is not None]
+    if not measured:
+        return None
+    last, sign, found = measured[-1], column.better or -1, {}
+    for name, base in (("reference", rows[0]), ("previous", measured[-2] if len(measured) > 1 else rows[0])):
+        delta, stderr = change(column, last, base) if base is not last else (None, None)
+        found[f"vs_{name}"] = {"step": base["step"], "change": delta, "stderr": stderr, "judged": judged(column, delta, stderr)}
+    points = [(row["step"], get(row, column.path)) for row in measured if row["step"] in after_warmup]
+    changes = [(b[0], b[1] - a[1]) for a, b in zip(points, points[1:])]
+    setback = min(changes, key=lambda c: sign * c[1], default=(None, 0.0))
+    return {"step": last["step"], "last": get(last, column.path), **found,
+            "low": min(points, key=lambda p: p[1], default=None), "high": max(points, key=lambda p: p[1], default=None),
+            "records": [p[0] for i, p in enumerate(points) if i and all(sign * p[1] > sign * q[1] for q in points[:i])],
+            "in_a_row": next((i for i, (_, delta) in enumerate(reversed(changes)) if sign * delta <= 0), len(changes)),
+            "setback": setback if sign * setback[1] < 0 else None}
+
+
+def read_trajectory(rows, phases):
+    """Everything that the report says of a run's rows, as JSON: computed by the rules of SPEC 7.9, nothing judged by eye.
+
+    The reference is the first row: the seed (rel 0) where the run continues another. Rows after the warmup of the last phase make
+    envelopes and records; the first of them is the entry. rate and projection: the least-squares line through the last three of them,
+    drawn on from the last row. Verdict: win where full bpb and at least one other of stage bpb, accuracy, routing and acceptance are better
+    than the reference beyond two standard errors (by sign alone where none are given) and more are better than worse; regression where
+    the same holds of worse; else null.
+    """
+    phase, K = phases[-1] if phases else None, len(rows[0]["bpb"]["single"])
+    after = [row for row in rows if phase is None or row["step"] - phase.anchor >= phase.warmup_steps]
+    found = {path_name(c): series(c, rows, {row["step"] for row in after}) for table in make_tables(rows) for c in table.columns}
+    full, gaps = [(row["step"], row["bpb"]["full"]) for row in after], [(row["step"], row["crossover_gap"]) for row in rows]
+    levels, lowest = {}, math.inf                                           # {step: the lowest 0.01 that it was the first to go below}
+    for step, value in full:
+        level = (math.floor(100 * value) + 1) / 100
+        if value < level <= lowest < math.inf:
+            levels[step] = level
+        lowest = min(lowest, value)
+    reading = {"kind": "trajectory", "reference": rows[0]["step"], "seed": get(rows[0], ("phase", "rel_it")) == 0, "last": rows[-1]["step"],
+               "entry": full[0][0] if full else None, "below_entry": next((step for step, b in full if b < full[0][1]), None),
+               "below_reference": next((step for step, b in full if b < rows[0]["bpb"]["full"]), None), "levels": levels,
+               "negative_gaps": [step for step, gap in gaps if gap < 0],
+               "gap_changes_sign": [b[0] for a, b in zip(gaps, gaps[1:]) if (a[1] < 0) != (b[1] < 0)],
+               "noise_known": get(rows[-1], ("blocks", "bytes")) is not None, "series": found}
+
+    def against_reference(*names):
+        return [found[name]["vs_reference"]["judged"] if found.get(name) else None for name in names]
+
+    full, accuracy, routing, acceptance = against_reference("bpb.full", "accuracy.full", "routing.fraction", "speculative.acceptance")
+    stages, bounds = (against_reference(*(f"{name}.{k}" for k in range(n))) for name, n in (("bpb.single", K), ("wand.p99_bounds", K - 1)))
+    reading["questions"] = {"descent": full, "stages": stages, "accuracy": accuracy, "routing": routing, "acceptance": acceptance,
+                            "bounds": [{"up": "wider", "down": "narrower"}.get(bound, bound) for bound in bounds],
+                            "facts": {fact: [row["facts"][fact] for row in rows if row.get("facts")] for fact in FACTS}}
+    together = None if K == 1 else stages[0] if len(set(stages)) == 1 else "noise"
+    votes = [full, together, accuracy, routing, acceptance]
+    better, worse, noise = (votes.count(word) for word in ("better", "worse", "noise"))
+    reading |= {"votes": {"better": better, "worse": worse, "noise": noise}, "verdict": None if full is None else
+                "win" if full == "better" and better > max(1, worse) else "regression" if full == "worse" and worse > max(1, better) else "null"}
+    if phase and len(after) > 1:
+        points = np.array([(row["step"], row["bpb"]["full"]) for row in after[-3:]])
+        slope, remaining = float(np.polyfit(points[:, 0] - points[-1, 0], points[:, 1], 1)[0]), max(0, phase.end - rows[-1]["step"])
+        reading |= {"rate_per_2000_steps": 2000 * slope, "rate_since": after[-3:][0]["step"], "remaining_steps": remaining, "end": phase.end,
+                    "projection": rows[-1]["bpb"]["full"] + slope * remaining}
+    return reading
+
+
+def path_name(column):
+    """A column's key in the reading: bpb.single.0."""
+    return ".".join(map(str, column.path))
+
+
+def told(column, found, seed):
+    """One line of a table's reading, from its `series`."""
+    if found is None:
+        return f"- {column.header}: not measured."
+    text = f"{shown(column, found['last'])} at {step_name(found['step'])}"
+    for name, of in ((seed, found["vs_reference"]), (step_name(found["vs_previous"]["step"]), found["vs_previous"])):
+        if of["change"] is not None and not (of is found["vs_previous"] and of["step"] == found["vs_reference"]["step"]):
+            doubt = "no standard error given" if of["stderr"] is None else \
+                f"s.e. {shown(column, of['stderr']).lstrip('+')}, {'noise' if of['judged'] == 'noise' else 'beyond noise'}"
+            text += f"; {shown(column, of['change'], True)} against {name} ({doubt})"
+    text, word, way, back = text + ".", *(("high", "rises", "drop") if column.better > 0 else ("low", "descents", "rise"))
+    if found["low"] and found["low"] != found["high"]:
+        low, high = (f"{shown(column, found[end][1])} ({step_name(found[end][0])})" for end in ("low", "high"))
+        text += f" Envelope {low} to {high}."
+        text += f" New {word}s: {step_names(found['records'])}." if found["records"] else ""
+        text += f" {found['in_a_row']} {way} in a row." if found["in_a_row"] > 1 else ""
+        if found["setback"] and column.better:
+            text += f" Largest {back}: {shown(column, found['setback'][1], True)} at {step_name(found['setback'][0])}."
+    return f"- {column.header}: {text}"
+
+
+def answers(rows, reading, seed):
+    """The six questions of the card, the verdict and the projection: Markdown paragraphs."""
+    asked, vote, columns = reading["questions"], reading["votes"], {path_name(c): c for table in make_tables(rows) for c in table.columns}
+    words = {"better": "yes", "worse": "no", "noise": "no, within noise", None: "not measured"}
+
+    def answer(verdict, name):
+        found = reading["series"].get(name)
+        by = shown(columns[name], found["vs_reference"]["change"], True) if found else "—"
+        return words[verdict] + (f" ({by} at {step_name(found['step'])})" if by != "—" else "")
+
+    def known(graded):
+        if not graded:
+            return "not graded"
+        return "always" if all(graded) else f"in {sum(graded)} of {len(graded)} rows" if any(graded) else "never"
+    paragraphs = ["\n".join([
+        f"1. **BPB descent**, full bpb below {seed}: {answer(asked['descent'], 'bpb.full')}.",
+        f"2. **Per-stage refinement**, each stage's own bpb below {seed}: {', '.join(f's{k} {words[v]}' for k, v in enumerate(asked['stages']))}.",
+        f"3. **Routing margin**, more positions left to s0: {answer(asked['routing'], 'routing.fraction')}.",
+        f"4. **Acceptance** of s0's drafts grown: {answer(asked['acceptance'], 'speculative.acceptance')}.",
+        f"5. **WAND bounds**: {', '.join(f'{k} → {k + 1} {v}' for k, v in enumerate(asked['bounds']) if v) or 'not measured'}.",
+        f"6. **Facts** (by substring): {'; '.join(f'{fact} {known(graded)}' for fact, graded in asked['facts'].items())}."])]
+    if reading["verdict"] and len(rows) > 1:
+        paragraphs.append(
+            f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. Of full bpb, stage bpb, accuracy, "
+            f"routing and acceptance, {vote['better']} are better, {vote['worse']} worse, {vote['noise']} within noise or mixed."
+            f"{'' if reading['noise_known'] else ' No standard errors were given: signs alone decide.'} A win or a regression needs full bpb and a "
+            f"majority on its side; everything else is null.")
+    if "projection" in reading:
+        goes_on = f"; drawn on in a straight line, which knows nothing of the schedule, it ends at {reading['projection']:.4f}, " \
+                  f"{reading['projection'] - rows[0]['bpb']['full']:+.4f} against {seed}."
+        paragraphs.append(f"**Projection**: full bpb changes by {reading['rate_per_2000_steps']:+.6f} per 2,000 steps (line through "
+                          f"{step_name(reading['rate_since'])} to {step_name(reading['last'])}). {reading['remaining_steps']:,} steps remain to {reading['end']:,}"
+                          + (goes_on if reading["remaining_steps"] else ": the phase is complete."))
+    return paragraphs
+
+
+def notes(rows, reading):
+    """What stands out at each step, {step: text}, from the reading."""
+    found, negative, turns = {row["step"]: [] for row in rows}, reading["negative_gaps"], reading["gap_changes_sign"]
+    for steps, text in (([reading["reference"]] if reading["seed"] else [], "seed: the last checkpoint of the phase before"),
+                        ([reading["entry"]], "first after the warmup"), (reading["series"]["bpb.full"]["records"], "new low of full bpb"),
+                        (reading["series"]["accuracy.full"]["records"], "new high of full accuracy"),
+                        ([reading["below_entry"]], "first below the entry"), ([s for s in turns if s in negative], "crossover gap negative"),
+                        ([s for s in turns if s not in negative], "crossover gap positive again")):
+        for step in steps:
+            if step is not None:
+                found[step].append(text)
+    for step, level in reading["levels"].items():
+        found[step].append(f"first below {level:.2f}")
+    return {step: "; ".join(texts) or "—" for step, texts in found.items()}
+
+
+def schedule_table(phases, record):
+    """The card's table of the schedule's parameters, newest phase first."""
+    train, T = record.get("train") or {}, get(record, ("model", "sequence_len"))
+    batches = [row.get("batch") for row in record.get("phases") or []]
+    rows = [["token budget", *(scaled(p.num_steps * batch * T) if T and batch else "—" for p, batch in zip(phases, batches))]]
+    for text, value in (("total steps in phase", lambda p: f"{p.num_steps:,}"), ("warmup steps", lambda p: f"{p.warmup_steps:,}"),
+                        ("peak `lrm`", lambda p: f"{p.peak_lrm:g}"), ("warmdown ratio", lambda p: f"{p.warmdown_ratio:g}"),
+                        ("final `lrm`", lambda p: f"{p.final_lrm:g}"), ("anchor step", lambda p: f"{p.anchor:,}")):
+        rows.append([text, *map(value, phases)])
+    rows += [[f"effective `{name}` peak", *(f"{train[name] * p.peak_lrm:g}" for p in phases)]
+             for name in ("matrix_lr", "embedding_lr", "unembedding_lr") if name in train]
+    return markdown(["param", *(f"phase {i + 1}" for i in reversed(range(len(phases))))], [[row[0], *reversed(row[1:])] for row in rows])
+
+
+def sample_table(rows, mark):
+    """The card's table of the sample-mode probe, graded by substring; pending where it was not run."""
+    def grade(row, *facts):
+        return " ".join(f"{fact} {'✓' if row['facts'][fact] else '✗'}" for fact in facts) if row.get("facts") else "pending"
+
+    def planets(row):
+        named = get(row, ("facts", "planets_named"))
+        return grade(row, "planets") + (f" ({named} of 8)" if named is not None else "")
+    return markdown(["Branch", "Step", "France", "Gold (Au + atomic # 79)", "Planets list", "Algebra `5x+3=13` (correct: 2)"], [
+        [step_name(r["step"]) + mark(r), f"{r['step']:,}", grade(r, "Paris"), grade(r, "Au", "79"), planets(r), grade(r, "2")] for r in rows])
+
+
+def report(name, rows, phases, record, reading):
+    """TRAJECTORY.md of a run as text: the card's ten tables, the changes of each figure, and their reading in plain words."""
+    K, settings, noted = len(rows[0]["bpb"]["single"]), rows[-1].get("settings") or {}, notes(rows, reading)
+    seed = "the seed" if reading["seed"] else f"the first row ({step_name(rows[0]['step'])})"
+
+    def mark(row):
+        return " (seed)" if reading["seed"] and row is rows[0] else ""
+
+    def where(phase):
+        return f"rel_it = {phase['rel_it']:,} ({phase['position']} +{phase['offset']:,}, lrm = {phase['lrm']:.3f})" if phase else "—"
+
+    def cell(column, row, base):
+        delta, stderr = change(column, row, base)
+        return shown(column, delta, True) + ("≈" if stderr is not None and judged(column, delta, stderr) == "noise" else "")
+    measured_on = "." if not settings.get("slice_sha256") else f" on {settings['split_tokens']:,} tokens of validation text (sha256 " \
+        f"{settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} calibrate bounds and thresholds."
+    lines = [f"# Trajectory of {name}",
+             f"{len(rows)} checkpoints, {step_name(rows[0]['step'])} to {step_name(rows[-1]['step'])}, {K} stage{'s'[:K > 1]}, measured by "
+             f"`python evaluate.py`{measured_on}",
+             f"Below each table: the change of each figure against the previous row / against {seed}. " + (
+                 "≈ marks a change within two standard errors: noise. Those of bpb are paired by document." if reading["noise_known"] else
+                 "No standard error is given in these measurements, so none of the changes can be told from noise."),
+             "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",
+             "## Schedule", schedule_table(phases, record) if phases else "No phase table was found.", "## Branches",
+             markdown(["Branch", "Step", "Phase position", "Notes"],
+                      [[step_name(r["step"]) + mark(r), f"{r['step']:,}", where(r["phase"]), noted[r["step"]]] for r in rows]),
+             "## Trajectory measurements"]
+    for table in make_tables(rows):
+        if not has_values(table, rows):
+            lines += [f"### {table.title}", "Not measured." if K > 1 else "One stage: nothing to measure."] if table.read else []
+            continue
+        lines += [f"### {table.title}", value_table(table, rows, mark)]
+        if table.read is None:
+            continue
+        columns = [c for c in table.columns if c.path[0] != "phase"]
+        if len(rows) > 1:
+            lines.append(markdown(["Change", "Step", *(c.header for c in columns)], [
+                [step_name(r["step"]), f"{r['step']:,}", *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)]
+                for before, r in zip(rows, rows[1:])]))
+        lines.append("\n".join(told(c, reading["series"][path_name(c)], seed) for c in table.columns[table.read]))
+        if K > 1 and columns[-1].path == ("crossover_gap",):
+            lines.append(f"The product is better than the last stage alone, a negative gap, at: {step_names(reading['negative_gaps'])}. "
+                         f"The gap changes sign at: {step_names(reading['gap_changes_sign'])}.")
+    lines += [f"### Sample-mode probe (FULL K={K}, greedy, {PROBE_TOKENS} tokens, 7-prompt fixed set)", sample_table(rows, mark),
+              "## Reading the table", *answers(rows, reading, seed)]
+    return "\n\n".join(lines) + "\n"
+
+
+def draw(file, rows, phases):
+    """trajectory.png: bpb with lrm behind it, accuracy, routing and acceptance, WAND bounds, in grey. Raises ImportError without matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, ((bpb, accuracy), (routing, bounds)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    K, steps = len(rows[0]["bpb"]["single"]), [row["step"] for row in rows]
+    styles = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ("--", "x")]
+
+    def line(axis, label, path, number, shade=0.0):
+        points, (dash, marker) = [(row["step"], get(row, path)) for row in rows if get(row, path) is not None], styles[number % len(styles)]
+        if points:
+            axis.plot(*zip(*points), color=str(shade), linestyle=dash, marker=marker, markersize=4, linewidth=1.2, label=label)
+    line(bpb, f"full K={K}, local slice", ("bpb", "full"), 0)
+    line(bpb, "training log", ("train_log_bpb", "full"), 1, 0.35)
+    if phases:
+        behind = bpb.twinx()
+        grid = [int(s) for s in np.unique(np.linspace(steps[0], steps[-1], 400).round()) if s >= phases[0].anchor]
+        lrm = [learning_rate(phases[phase_index(phases, s)], s) for s in grid]
+        behind.fill_between(grid, lrm, color="0.9", linewidth=0)
+        behind.set(ylabel="lrm (shaded)", ylim=(0, 1.6 * max([*lrm, 1e-9])), yticks=[0, round(max(lrm, default=0), 3)])
+        bpb.set_zorder(behind.get_zorder() + 1)
+        bpb.patch.set_visible(False)
+    for k in range(K if K > 1 else 0):
+        line(accuracy, f"s{k}", ("accuracy", "single", k), k + 1, 0.6 * (1 - k / K))
+    line(bpb, "single s0", ("bpb", "single", 0), 2, 0.2)
+    line(accuracy, "full", ("accuracy", "full"), 0)
+    line(routing, "routed to s0", ("routing", "fraction"), 0)
+    line(routing, "s0 = full (base agreement)", ("routing", "base_agreement"), 1, 0.35)
+    line(routing, "acceptance of 4 drafts", ("speculative", "acceptance"), 2)
+    for k in range(K - 1):
+        line(bounds, f"{k} → {k + 1}", ("wand", "p99_bounds", k), k, 0.25 * k / K)
+    for axis, title, label in ((bpb, "bits per byte", "bpb"), (accuracy, "top-1 accuracy", "share of targets"),
+                               (routing, "confidence routing and acceptance", "share of positions"), (bounds, "WAND p99 bounds", "nats")):
+        axis.set(title=title, ylabel=label)
+        if axis.lines:
+            axis.legend(fontsize=8)
+        else:
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
+    for axis in (routing, bounds):
+        axis.set_xlabel("step")
+    temporary = file.with_name(f".{file.name}.tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    os.replace(temporary, file)
+    plt.close(figure)
+
+
+def compare(names, runs, records):
+    """Two runs side by side, Markdown: the card's tables at the steps that both have (else at the last of each) and A's gap to B in percent.
+
+    names, runs, records: of A and B: text, rows, RUN/config.json. The gap is 100 (A / B - 1), with its standard error where one is known.
+    """
+    vocabularies = [(get(record, ("model", "vocab_size")), get(record, ("tokenizer", "sha256"))) for record in records]
+    if vocabularies[0] != vocabularies[1]:
+        texts = [f"{name} ({size} ids, tokenizer {str(sha256)[:12]})" for name, (size, sha256) in zip(names, vocabularies)]
+        raise ValueError(f"{' and '.join(texts)} cannot stand side by side; compare runs of one vocabulary")
+    if len({get(rows[-1], ("settings", "slice_sha256")) for rows in runs}) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} were measured on different text; give both one --data and one --split-tokens")
+    stages = [len(rows[0]["bpb"]["single"]) for rows in runs]
+    widest = runs[int(stages[1] > stages[0])]
+    if stages[0] != stages[1]:                                              # stage k is not the same part of both: only the products compare
+        runs = [rows if rows is widest else [{**row, **{name: {"full": row[name]["full"]} for name in ("bpb", "accuracy")}} for row in rows]
+                for rows in runs]
+    by_step = [{row["step"]: row for row in rows} for rows in runs]
+    pairs = [(by_step[0][s], by_step[1][s]) for s in sorted(by_step[0].keys() & by_step[1].keys())] or [(runs[0][-1], runs[1][-1])]
+
+    def gap(column, a, b):
+        delta, stderr = change(column, a, b)
+        if delta is None or not get(b, column.path) or column.unit == "+":  # a percentage of a difference around zero says nothing
+            return "—"
+        scale = 100 / abs(get(b, column.path))
+        return f"{scale * delta:+.2f} %" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
+    lines = [f"# {names[0]} (A) against {names[1]} (B)"]
+    for table in make_tables(widest):
+        columns, cells = [c for c in table.columns if c.path[0] != "phase"], []
+        for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():
+            for name, row in (("A", a), ("B", b)):
+                cells.append([f"{name} {step_name(row['step'])}", f"{row['step']:,}", *(shown(c, get(row, c.path)) for c in columns)])
+            cells.append(["gap", "", *(gap(c, a, b) for c in columns)])
+        lines += [f"### {table.title}", markdown(["Branch", "Step", *(c.header for c in columns)], cells)] if cells else []
+    return "\n\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -177,41 +1053,113 @@ def markdown(header, rows):
 class EvalConfig:
     data: str = flag(None, "folder of token shards with validation shards (default: the checkpoint's own)")
     split_tokens: int = flag(None, f"tokens of the slice (default: {SPLIT_TOKENS:,}, or all of the embedded sample's)")
+    wand_tokens: int = flag(None, "tokens at the beginning of the slice that calibrate bounds and thresholds (default: an eighth of the slice)")
+    routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the target")
+    samples: bool = flag(True, "run the sample-mode probe: 7 prompts, 60 greedy tokens")
+    measure: bool = flag(True, "measure what is not measured yet with these settings; --no-measure reports from the metrics.json there are")
     device_batch_size: int = flag(8, "sequences in a forward pass")
     device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     dtype: str = flag(None, "compute dtype (default: bfloat16 on cuda, else float32)", choices=("float32", "bfloat16", "float64"))
-    json: bool = flag(False, "print one JSON object per checkpoint instead of tables")
+    compile: bool = flag(None, "compile the blocks too (default on cuda: the vocabulary's statistics alone; --no-compile: nothing)")
+    json: bool = flag(False, "print JSON instead of tables: one object per checkpoint, one per trajectory")
 
     def __post_init__(self):
-        if self.device_batch_size < 1:
-            raise ValueError(f"--device-batch-size {self.device_batch_size} must be at least 1")
-        if self.split_tokens is not None and self.split_tokens < 1:
-            raise ValueError(f"--split-tokens {self.split_tokens} must be at least 1")
+        for name in ("device_batch_size", "split_tokens", "wand_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.routing_cap < math.inf:
+            raise ValueError(f"--routing-cap {self.routing_cap} must be 0 or more nats")
+
+
+def gather_rows(paths, config, ranks, slices):
+    """(rows, failures): the metrics of each step directory, measured or read; a bad one is told and left out."""
+    rows, failures, start, terminal = [], [], time.time(), sys.stderr.isatty() and ranks.rank == 0
+    for number, path in enumerate(paths):
+        def progress(done, of):
+            part = (number + done / of) / len(paths)
+            if terminal:
+                print(f"\r{path.name} ({number + 1}/{len(paths)}) {done}/{of} windows eta:{(time.time() - start) * (1 / part - 1):.0f}s  ",
+                      end="", file=sys.stderr)
+        try:
+            rows.append(evaluate_checkpoint(path, config, ranks, slices, progress) if config.measure else read_metrics(path))
+        except (ValueError, OSError) as e:
+            if len(paths) == 1:
+                raise
+            failures.append(path.name)
+            if ranks.rank == 0:
+                print(f"skipping {path}: {' '.join(str(e).split())}", file=sys.stderr)
+        if terminal:
+            print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+        if config.json and ranks.rank == 0 and len(rows) + len(failures) == number + 1 and path.name not in failures:
+            print(json.dumps(rows[-1]), flush=True)
+    return rows, failures
+
+
+def report_run(run, rows):
+    """Write TRAJECTORY.md and trajectory.png of a run; return (text, reading)."""
+    phases = phases_of(run, run / f"step-{rows[-1]['step']:05d}")
+    record = read_object(run / "config.json") or read_object(run / f"step-{rows[-1]['step']:05d}" / "config.json")
+    rows = [{**row, "phase": phase_position(phases, row["step"]) or row.get("phase"),
+             "train_log_bpb": train_log_bpb(run, row["step"]) or row.get("train_log_bpb")} for row in rows]
+    slices = {get(row, ("settings", "slice_sha256")) for row in rows}
+    if len(slices) > 1:
+        raise ValueError(f"the checkpoints of {run} were measured on {len(slices)} different slices; measure them again with one --data")
+    reading = read_trajectory(rows, phases)
+    text = report(run.resolve().name, rows, phases, record, reading)
+    try:
+        draw(run / "trajectory.png", rows, phases)
+    except ImportError:
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("!["))
+        print("matplotlib is missing, so there is no trajectory.png; pip install matplotlib draws it", file=sys.stderr)
+    temporary = run / ".TRAJECTORY.md.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, run / "TRAJECTORY.md")
+    return text, reading
+
+
+def evaluate(given, paths, ranks):
+    """Measure and report the runs and step directories at `paths`."""
+    config, singles, runs, failures, slices = EvalConfig(**given), [], [], [], {}
+    device = choose_device(ranks.device_name(config.device))[0]
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    for path in paths:
+        steps = checkpoint_steps(path)
+        if not steps and not path.name.startswith(("step-", ".tmp-step-")):
+            raise FileNotFoundError(f"{path} holds no step-XXXXX checkpoint; train one with train.py --out {path}")
+        runs += [(path, steps)] if steps else []
+        singles += [] if steps else [path]
+    measured = []
+    for run_path, steps in runs:
+        rows, failed = gather_rows(steps, config, ranks, slices)
+        failures += [f"{run_path}/{name}" for name in failed]
+        if rows and ranks.rank == 0:
+            text, reading = report_run(run_path, rows)
+            measured.append((str(run_path), rows, read_object(run_path / "config.json")))
+            if config.json or len(runs) != 2:
+                print(json.dumps(reading) if config.json else text)
+    if singles:
+        rows, failed = gather_rows(singles, config, ranks, slices)
+        failures += failed
+        for K in sorted({len(row["bpb"]["single"]) for row in rows}) if ranks.rank == 0 and not config.json else ():
+            of_k = [row for row in rows if len(row["bpb"]["single"]) == K]
+            print("\n\n".join(f"### {table.title}\n\n{value_table(table, of_k)}" for table in make_tables(of_k) if has_values(table, of_k)))
+    if len(runs) == 2 and len(measured) == 2 and not config.json:
+        print(compare(*map(list, zip(*measured))))
+    if failures:
+        raise ValueError(f"{len(failures)} of {sum(len(s) for _, s in runs) + len(singles)} checkpoints could not be reported, the others were: "
+                         f"{', '.join(failures)}; the lines above say why")
 
 
 def main(argv=None):
-    given = parse_flags(EvalConfig, __doc__, argv, positionals=[("checkpoints", "+", "step-XXXXX directories, or runs: all their steps")])
-    paths = []
-    for path in map(Path, given.pop("checkpoints")):
-        steps = checkpoint_steps(path)
-        if not steps and not path.name.startswith("step-"):
-            raise FileNotFoundError(f"{path} holds no step-XXXXX checkpoint; train one with train.py --out {path}")
-        paths += steps or [path]
-    config = EvalConfig(**given)
-    rows, start = [], time.time()
-    for number, path in enumerate(paths):
-        def progress(done, of):
-            share = (number + done / of) / len(paths)
-            if sys.stderr.isatty():
-                print(f"\r{path.name} ({number + 1}/{len(paths)}) {done}/{of} windows eta:{(time.time() - start) * (1 / share - 1):.0f}s  ",
-                      end="", file=sys.stderr)
-        rows.append(evaluate_checkpoint(path, config, progress))
-        if sys.stderr.isatty():
-            print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
-        if config.json:
-            print(json.dumps(rows[-1]), flush=True)
-    for K in sorted({len(row["bpb"]["single"]) for row in rows}) if not config.json else ():
-        print(tables([row for row in rows if len(row["bpb"]["single"]) == K]))
+    given = parse_flags(EvalConfig, __doc__, argv, positionals=[
+        ("checkpoints", "+", "step-XXXXX directories, or runs: all their steps; two runs are compared")])
+    paths = [Path(path) if Path(path).name else Path(path).resolve() for path in given.pop("checkpoints")]
+    ranks = Ranks()
+    with ranks.alike():
+        evaluate(given, paths, ranks)
+    ranks.gather(None)
+    ranks.close()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Run: python -m pytest tests/test_gpu.py            (skipped without CUDA; every 
 import pytest
 import torch
 
+from dataloader import open_data
+from evaluate import Slice, measure, score, summarize
 from model import LOSS_CHUNK_LOGITS, ModelConfig, PoE, attention_backends
 from sample import generate
 
@@ -71,3 +73,24 @@ def test_cached_decoding_equals_the_uncached_forward():
             expected = model(torch.tensor([prompt + tokens], device="cuda"))[0, 39:-1]
     margin = expected.max(dim=-1).values - expected.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
     assert margin.max().item() < 1e-4, margin                   # the chosen token is the best one up to float32 rounding
+
+
+def test_the_compiled_pass_of_evaluation_is_the_float64_one_within_bfloat16():
+    model, wide = make(torch.bfloat16), make(torch.float32)
+    for m in (model, wide):
+        torch.nn.init.normal_(m.lm_head.weight, std=0.1, generator=torch.Generator("cuda").manual_seed(3))     # logits of a few nats
+    wide = wide.double().cpu()
+    wide.compute_dtype = torch.float64
+    data = open_data("", 2048)
+    part = Slice(data.val(256), 24, 8, data.tokenizer)
+    with attention_backends("cuda"):
+        found, light = measure(model, part, 3, 0.02), summarize(score(model, part.mix, 24, data.tokenizer, 8))
+    expected = measure(wide, part, 3, 0.02)
+    for got, want in ((found["bpb"]["full"], expected["bpb"]["full"]), (light["bpb"]["full"], expected["bpb"]["full"]),
+                      *zip(found["bpb"]["single"], expected["bpb"]["single"]), (found["alpha_sweep"]["1"], expected["alpha_sweep"]["1"])):
+        assert abs(got / want - 1) < 2e-3, (found, expected)    # bfloat16 logits err by 2^-9 of their size, either way, and average out
+    for got, want in zip(found["wand"]["p99_bounds"], expected["wand"]["p99_bounds"]):
+        assert abs(got / want - 1) < 0.05, (found["wand"], expected["wand"])
+    assert found["bpb"]["prefix"][0] == found["bpb"]["single"][0] and found["bpb"]["prefix"][-1] == found["bpb"]["full"]
+    assert (found["tokens"], found["bytes"], found["wand"]["report_tokens"]) == (expected["tokens"], expected["bytes"], expected["wand"]["report_tokens"])
+    assert abs(found["routing"]["base_agreement"] - expected["routing"]["base_agreement"]) < 0.05
