@@ -402,7 +402,8 @@ def write_files(folder, step, ranks, model, optimizer, record, state, tokenizer)
         torch.save(optimizer.state_dict(), folder / written[0])
         if ranks.rank == 0:
             torch.save(model.state_dict(), folder / "model.pt")
-            texts = {"config.json": json.dumps({**record, "step": step}, indent=1).encode(), "state.json": json.dumps(state).encode(), **tokenizer.files()}
+            texts = {"config.json": json.dumps({**record, "step": step}, indent=1).encode(), "state.json": json.dumps(state).encode(),
+                     **tokenizer.files()}
             for name, content in texts.items():
                 (folder / name).write_bytes(content)
             written += ["model.pt", *texts]
@@ -426,14 +427,17 @@ def drop_optimizer_state(out, keep, phase_ends):
     """Delete the optimizer state of all checkpoints but the newest `keep` and those at `phase_ends`; their manifests say so first."""
     for path in checkpoint_steps(out)[:-keep] if keep > 0 else ():
         if int(path.name[5:]) not in phase_ends and (path / "optim").exists():
-            files = json.loads((path / "manifest.json").read_text())["files"]
+            try:
+                files = json.loads((path / "manifest.json").read_text())["files"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue                                    # damaged: left as it is, for its owner to look at
             write_manifest(path, {name: sha256 for name, sha256 in files.items() if not name.startswith("optim/")})
             shutil.rmtree(path / "optim")
 
 
-def place_seed(parent, files, out):
+def place_seed(parent, files, out, step):
     """Put the files of a checkpoint into the new run `out` as its first: hard links where the file system has them, else copies."""
-    final, temporary = out / parent.name, out / f".tmp-{parent.name}"
+    final, temporary = out / f"step-{step:05d}", out / f".tmp-step-{step:05d}"
     for name in [*files, "manifest.json"]:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -634,7 +638,7 @@ def main(argv=None):
                 shutil.rmtree(leftover)
             if config.continue_from and not checkpoint_steps(out):
                 write_json(out / "config.json", record)                     # first: a run that is killed here places its seed on --resume
-                place_seed(parent, seed_files, out)
+                place_seed(parent, seed_files, out, rows[-1]["anchor_step"])
 
     # where the run stands
     step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk

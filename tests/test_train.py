@@ -570,9 +570,10 @@ def test_a_checkpoint_that_is_damaged_pruned_or_of_another_tokenizer_is_not_cont
 
 
 def test_continuing_an_unfinished_phase_is_allowed_and_said(trained, tmp_path, capsys):
-    train.main(["--continue-from", str(trained / "step-00003"), "--out", str(tmp_path / "b"), *CONTINUAL])
+    shutil.copytree(trained / "step-00003", tmp_path / "seed")             # under any name
+    train.main(["--continue-from", str(tmp_path / "seed"), "--out", str(tmp_path / "b"), *CONTINUAL])
     assert "phase 1 was to end at step 6; phase 2 begins at step 3" in capsys.readouterr().out
-    assert checkpoint_steps(tmp_path / "b")[-1].name == "step-00011"
+    assert [path.name for path in checkpoint_steps(tmp_path / "b")] == ["step-00003", "step-00004", "step-00008", "step-00011"]
 
 
 def test_resuming_on_other_data_is_refused(trained, data, tmp_path, refused):
