@@ -601,7 +601,7 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
 # ---------------------------------------------------------------------------------------------------------------
 # Tables
 
-Column = namedtuple("Column", "header path decimals better unit")          # better: -1 lower, +1 higher, 0 neither; unit: "", "%", "x", "+" (signed)
+Column = namedtuple("Column", "header path decimals better unit")          # better: -1 lower, +1 higher, 0 neither; unit: "", %, x, + (signed)
 Table = namedtuple("Table", "title columns read")                          # read: the columns that the reading speaks of; None: no changes either
 
 

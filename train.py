@@ -98,7 +98,8 @@ class TrainConfig:
     reset_optimizer: bool = flag(False, "with --continue-from: start from the weights alone, with a fresh optimizer")
     seed: int = flag(0, "of the initial weights and of the order of the data")
     device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one; under torchrun each rank takes its own)")
-    dtype: str = flag(None, "compute dtype; master weights are float32 (default: bfloat16 on cuda, else float32)", choices=("float32", "bfloat16", "float64"))
+    dtype: str = flag(None, "compute dtype; master weights are float32 (default: bfloat16 on cuda, else float32)",
+                      choices=("float32", "bfloat16", "float64"))
     compile: bool = flag(None, "compile the blocks and the loss (default: on cuda only)")
     dry_run: bool = flag(False, "print sizes, FLOPs, schedule and memory, and exit")
     # model
@@ -137,7 +138,8 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         for name in ("seed", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
             if not 0 <= getattr(self, name) < (2 ** 63 if name == "seed" else 1000):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative, and below {'2^63' if name == 'seed' else 1000}")
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative, and below "
+                                 f"{'2^63' if name == 'seed' else 1000}")
         if self.keep_optim < 1 and self.keep_optim != -1:
             raise ValueError(f"--keep-optim {self.keep_optim} must be at least 1, or -1 to keep all")
         if self.reset_optimizer and not self.continue_from:
@@ -332,7 +334,8 @@ def dry_run(config, rows, world_size):
     print("parameter shapes (layers 0 and last):")
     for name, p in model.named_parameters():
         if not name.startswith("blocks.") or name.split(".")[1] in ("0", str(model_config.n_layer - 1)):
-            print(f"  {name:<36}{str(tuple(p.shape)):<18}{parameter_group(name):<14}stage {'all' if model.stage_of(name) is None else model.stage_of(name)}")
+            stage = model.stage_of(name)
+            print(f"  {name:<36}{str(tuple(p.shape)):<18}{parameter_group(name):<14}stage {'all' if stage is None else stage}")
     params = count_parameters(model_config)
     print("parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in params.items()) + f", total {sum(params.values()):,}")
     flops = flops_per_token(model_config)
@@ -342,7 +345,8 @@ def dry_run(config, rows, world_size):
           f"{config.n_micro} micro-batches of {config.device_batch_size} x {model_config.sequence_len} a step, on {world_size} ranks")
     print("phase anchor  steps warmup  peak warmdown  final")
     for number, phase in enumerate(phases, 1):
-        print(f"{number:>5} {phase.anchor:>6} {phase.num_steps:>6} {phase.warmup_steps:>6} {phase.peak_lrm:>5} {phase.warmdown_steps:>8} {phase.final_lrm:>6}")
+        print(f"{number:>5} {phase.anchor:>6} {phase.num_steps:>6} {phase.warmup_steps:>6} {phase.peak_lrm:>5} {phase.warmdown_steps:>8} "
+              f"{phase.final_lrm:>6}")
     memory = memory_estimate(model_config, config, world_size)
     print(f"estimated memory per rank of {world_size}: " + ", ".join(f"{kind} {n / 2**30:.1f}" for kind, n in memory.items())
           + f", total {sum(memory.values()) / 2**30:.1f} GiB")
