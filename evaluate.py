@@ -35,8 +35,8 @@ import torch.nn.functional as F
 
 from dataloader import VAL_SEED, open_data, validation_windows
 from flags import Ranks, flag, parse_flags, run
-from model import attention_backends, checkpoint_steps, choose_device, load_checkpoint, norm, parameter_group, read_record, softcap
-from sample import complete
+from model import BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, load_checkpoint, norm, read_record, softcap, stage_bytes
+from sample import Engine, Plan, complete, decode_timed, kernels_fit
 from schedule import Phase, learning_rate, phase_index, position
 
 FORMAT = 1                      # of metrics.json
@@ -48,7 +48,8 @@ MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND
 CURVE_SHARES = tuple(s / 20 for s in range(1, 21))      # shares of calibration positions that leave at s0: the routing curve
 SUMMED = ("nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha", "tokens", "bytes")      # columns of the whole slice
 CALIBRATING = ("range", "margin", "agree", "confidence", "regret", "tokens")            # columns kept of the calibration part
-BOUNDS_KEY = "poe_wand_p99_bounds_per_stage_head"       # in a checkpoint's config.json
+DRAFT_LEN, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 256       # of the speculative table
+SPECULATIVE_PROMPTS = {"cpu": 8, "cuda": 64}
 PROBE_TOKENS = 60
 PROBE = ("The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
          "The opposite of hot is", "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is")
@@ -310,18 +311,6 @@ def adaptive_statistics(columns, fitted, cap):
                   "curve": leaves, "curve_agree": leaves * agree[:, :1]}
 
 
-def stage_bytes(model):
-    """Weight bytes that decoding one token reads up to and including each stage, a list of length K.
-
-    Block matrices and one merged head (V x C) per stage in the compute dtype. Embedding rows, gates and scalars, under 0.1 %, are left out.
-    """
-    per_stage = [model.config.vocab_size * model.config.n_embd] * model.config.n_stage
-    for name, p in model.named_parameters():
-        if parameter_group(name) == "matrices":
-            per_stage[model.stage_of(name)] += p.numel()
-    return (np.cumsum(per_stage) * model.compute_dtype.itemsize).tolist()
-
-
 def ratio(numerator, denominator):
     """(R, standard error) of R = sum(numerator) / sum(denominator), from sums per block of documents, float64 (G,).
 
@@ -446,12 +435,61 @@ def probe(model, tokenizer):
     samples = []
     for prompt in PROBE:
         room = min(PROBE_TOKENS, model.config.sequence_len + 1 - len(tokenizer.encode(prompt)))
-        text = complete(model, tokenizer, prompt, room, range(model.config.n_stage), temperature=0.0)[0]["completion"] if room > 0 else ""
+        text = next(complete(model, tokenizer, [prompt], room, Plan(range(model.config.n_stage))))["completion"] if room > 0 else ""
         samples.append({"prompt": prompt, "completion": text})
     text = {sample["prompt"]: sample["completion"] for sample in samples}
     planets = [planet in text[PROBE[4]] for planet in PLANETS]
     return samples, {"Paris": "Paris" in text[PROBE[0]], "Au": "Au" in text[PROBE[1]], "79": "79" in text[PROBE[1]],
                      "planets": all(planets), "planets_named": sum(planets), "2": "2" in text[PROBE[6]]}
+
+
+def document_prompts(part, n_prompts, length):
+    """The first `length` tokens, bos included, of the first documents of the report part that begin in a window and are as long there."""
+    prompts = []
+    for i in range(part.n_calibration, part.n_windows):
+        source, _, window = (int(a[0]) for a in part.mix.locate(np.array([i])))
+        tokens = part.mix.sources[source].window(window, part.mix.T)
+        begins = np.flatnonzero(tokens == part.tokenizer.bos)
+        for begin, end in zip(begins, [*begins[1:], len(tokens)]):
+            if end - begin >= length and begin < part.mix.T and part.in_report[i, begin] and len(prompts) < n_prompts:
+                prompts.append(tokens[begin:begin + length].tolist())
+    return prompts
+
+
+def speculation(model, part, n_prompts, fast):
+    """Self-speculative decoding with drafts of 4, greedy, one row, against plain decoding of the same: (metrics, timings).
+
+    acceptance: accepted drafts over judged ones (the accepted and the first rejected of each cycle); mean_accepted: per cycle; standard errors
+    by prompt. card_prompts: the same on the card's 7 prompts of 60 tokens. timings: tokens/s, of s0 alone too; plain and drafted in turns.
+    """
+    K, context = model.config.n_stage, model.config.sequence_len
+    length = min(PROMPT_TOKENS, context // 2)
+    prompts = document_prompts(part, n_prompts, length)
+    probes = [ids for ids in map(part.tokenizer.encode, PROBE) if len(ids) <= context]
+    if K == 1 or not prompts or not probes:
+        return None, None
+    engines = {name: Engine(model, plan, fast=fast) for name, plan in (
+        ("plain", Plan(range(K))), ("speculative", Plan(range(K), draft_len=DRAFT_LEN)), ("s0", Plan(range(1))))}
+    for name in engines:
+        decode_timed(engines[name], probes[0], 1)                           # compile and capture
+    seconds, tokens, counts, identical = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0), [], []
+    jobs = [(ids, min(NEW_TOKENS, context + 1 - length)) for ids in prompts] + [(ids, min(PROBE_TOKENS, context + 1 - len(ids))) for ids in probes]
+    for ids, n in jobs:
+        made = {name: decode_timed(engine, ids, n) for name, engine in engines.items()}
+        identical.append(made["plain"].ids[:n] == made["speculative"].ids[:n])
+        counts.append((made["speculative"].accepted, made["speculative"].judged, made["speculative"].cycles))
+        for name, of in made.items():
+            seconds[name] += of.seconds
+            tokens[name] += len(of.ids)
+    accepted, judged, cycles = np.array(counts, dtype=np.float64).T
+    metrics = {"draft_len": DRAFT_LEN, "prompts": len(prompts), "new_tokens": jobs[0][1], "judged": int(judged[:len(prompts)].sum()),
+               "identical_to_plain": all(identical), "card_prompts": {}}
+    for into, rows in ((metrics, slice(len(prompts))), (metrics["card_prompts"], slice(len(prompts), None))):
+        put(into, "acceptance", accepted[rows], judged[rows])
+        put(into, "mean_accepted", accepted[rows], cycles[rows])
+    speed = {name: tokens[name] / seconds[name] for name in engines}
+    return metrics, {"speedup": speed["speculative"] / speed["plain"], "s0_speedup": speed["s0"] / speed["plain"],
+                     **{f"{name}_tokens_per_s": value for name, value in speed.items()}, "kernels": fast}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -561,7 +599,8 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
         part = open_slice(path, record, config, slices)
         settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
                     "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."),
-                    "samples": config.samples}
+                    "samples": config.samples, "speculative_prompts": 0 if not config.samples else
+                    SPECULATIVE_PROMPTS[device.type] if config.speculative_prompts is None else config.speculative_prompts}
         weights = get(read_object(path / "manifest.json"), ("files", "model.pt"))
         done = old.get("format") == FORMAT and old.get("settings") == {**settings, "weights_sha256": weights}
         if not done:
@@ -582,17 +621,18 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
             seconds, peak_bytes = time.time() - loaded, torch.cuda.max_memory_allocated(device) if on_cuda else None
             if not math.isfinite(measured["bpb"]["full"]):
                 raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
-            samples, facts = probe(model, part.tokenizer) if config.samples and ranks.rank == 0 else (None, None)
+            samples = facts = drafted = speeds = None
+            if config.samples and ranks.rank == 0:
+                samples, facts = probe(model, part.tokenizer)
+                drafted, speeds = speculation(model, part, settings["speculative_prompts"], on_cuda and config.compile is not False and kernels_fit(model))
         if ranks.rank == 0:
-            if get(old, ("settings", "weights_sha256")) == weights:         # sample.py's measurement of these weights stands
-                measured["speculative"] = old.get("speculative")
             old = {"format": FORMAT, "settings": {**settings, "weights_sha256": weights}, "step": record["step"],
-                   "phase": phase_position(phases, record["step"]), **measured,
+                   "phase": phase_position(phases, record["step"]), **measured, "speculative": drafted,
                    "train_log_bpb": train_log_bpb(path.parent, record["step"]), "samples": samples, "facts": facts}
             write_json(path / "metrics.json", old)
             write_json(path / "timings.json", read_object(path / "timings.json") | {"evaluate": {
                 "load_seconds": round(loaded - start, 2), "pass_seconds": round(seconds, 2), "world_size": ranks.world_size,
-                "weight_bytes": weight_bytes, "peak_bytes": peak_bytes}})
+                "weight_bytes": weight_bytes, "peak_bytes": peak_bytes}, "speculative": speeds})
     if ranks.rank == 0 and old.get("wand"):
         write_bounds(path, old["wand"]["p99_bounds"])
     return {**old, "timings": read_object(path / "timings.json")}
@@ -661,6 +701,12 @@ def make_tables(rows):
         Table("Bayesian PoE α-sweep (renormed BPB at α=0)", [
             *(bpb(header, "alpha_sweep", a) for a, header in alphas.items()),
             column(f"crossover gap (α=0 vs single s{K - 1})", "crossover_gap", decimals=6, unit="+")], slice(5, None)),
+        Table("Self-speculative decoding: the card's 7 prompts, and speeds beside s0 alone", [
+            column("acceptance, 7 prompts", "speculative", "card_prompts", "acceptance"),
+            column("mean accepted / 4, 7 prompts", "speculative", "card_prompts", "mean_accepted", decimals=2),
+            *(column(f"tokens/s, {name}", "timings", "speculative", f"{key}_tokens_per_s", decimals=1)
+              for name, key in (("plain", "plain"), ("speculative", "speculative"), ("s0 alone", "s0"))),
+            bpb("bpb of s0 alone", "bpb", "single", 0)], None),
         Table("Adaptive depth, on other text than calibrated it", [
             *(column(f"exceedance {s}", "wand", "exceedance", k) for k, s in enumerate(steps)), *exits], None),
         Table("Routing, on other text than calibrated it", [
@@ -1055,7 +1101,9 @@ class EvalConfig:
     split_tokens: int = flag(None, f"tokens of the slice (default: {SPLIT_TOKENS:,}, or all of the embedded sample's)")
     wand_tokens: int = flag(None, "tokens at the beginning of the slice that calibrate bounds and thresholds (default: an eighth of the slice)")
     routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the target")
-    samples: bool = flag(True, "run the sample-mode probe: 7 prompts, 60 greedy tokens")
+    samples: bool = flag(True, "generate text too: the sample-mode probe (7 prompts, 60 greedy tokens) and speculative decoding")
+    speculative_prompts: int = flag(None, f"documents whose first {PROMPT_TOKENS} tokens are continued for {NEW_TOKENS} to measure speculative decoding "
+                                          f"(default: {SPECULATIVE_PROMPTS['cuda']} on cuda, {SPECULATIVE_PROMPTS['cpu']} on the CPU; 0: not measured)")
     measure: bool = flag(True, "measure what is not measured yet with these settings; --no-measure reports from the metrics.json there are")
     device_batch_size: int = flag(8, "sequences in a forward pass")
     device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -1067,6 +1115,8 @@ class EvalConfig:
         for name in ("device_batch_size", "split_tokens", "wand_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.speculative_prompts is not None and self.speculative_prompts < 0:
+            raise ValueError(f"--speculative-prompts {self.speculative_prompts} must be 0 or more")
         if not 0 <= self.routing_cap < math.inf:
             raise ValueError(f"--routing-cap {self.routing_cap} must be 0 or more nats")
 

@@ -20,6 +20,7 @@ per-stage training: Jeong 2026 (doi 10.5281/zenodo.19547653) and the Cognica-PoE
 
 Shapes: B batch, T time, C channels, H attention heads, D head dim, K stages, V vocabulary, N = B * T tokens.
 """
+import copy
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ ROPE_BASE = 100_000
 # of 32,768 take 10.3 ms per 16,384 tokens and 0.8 GiB on an H100, all 16,384 at once 9.9 ms and 2.1 GiB.
 LOSS_CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 4096 * 32768}
 OBJECTIVES = ("poe", "joint", "bp")
+BOUNDS_KEY = "poe_wand_p99_bounds_per_stage_head"       # in a calibrated checkpoint's config.json
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,6 +243,12 @@ class KVCache:
         slots = torch.arange(end, device=positions.device)
         self.mask = (slots <= positions[:, :, None])[:, None]            # (B, 1, T, end)
 
+    def of_row(self, row):
+        """The cache of one row, sharing its memory."""
+        view = copy.copy(self)
+        view.keys, view.values, view.rows = self.keys[:, row:row + 1], self.values[:, row:row + 1], self.rows[:1]
+        return view
+
     def update(self, layer, k, v):
         """Write k and v (B, T, H_kv, D) of `layer` at `positions`; return all keys and values (B, end, H_kv, D)."""
         self.keys[layer, self.rows, self.positions] = k
@@ -269,8 +277,10 @@ class Attention(nn.Module):
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if self.value_embed is not None:
             embed = self.value_embed(idx).to(x.dtype).view(v.shape)
-            gate = 3 * torch.sigmoid(self.value_gate(x[..., :self.value_gate.in_features]))     # (B, T, H_kv)
-            v = v + gate[..., None] * embed
+            gate = self.value_gate(x[..., :self.value_gate.in_features])                        # (B, T, H_kv)
+            if cache is not None:                       # a CPU's vector code and its code for the rest differ in the last bit; rounding hides it,
+                gate = gate.double()                    # so that a decoded row does not depend on its place in the pass
+            v = v + (3 * torch.sigmoid(gate)).to(x.dtype)[..., None] * embed
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         mask = None
         if cache is not None:
@@ -402,7 +412,8 @@ class PoE(nn.Module):
         if cache is None:
             cos, sin = self.cos[None, :idx.size(1), None], self.sin[None, :idx.size(1), None]    # (1, T, 1, D/2)
         else:
-            cos, sin = self.cos[cache.positions][:, :, None], self.sin[cache.positions][:, :, None]  # (B, T, 1, D/2)
+            positions = cache.positions.clamp(max=len(self.cos) - 1)        # unused rows may lie beyond the context
+            cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]                 # (B, T, 1, D/2)
         for layer in self.layers_of_stage[k]:
             x = self.blocks[layer](x, x0, idx, cos, sin, cache)
         return x
@@ -530,6 +541,18 @@ def parameter_group(name):
         if re.search(pattern, name):
             return group
     raise ValueError(f"no parameter group is known for {name!r}")
+
+
+def stage_bytes(model):
+    """Weight bytes that decoding one token reads up to and including each stage, a list of length K.
+
+    Block matrices and one merged head (V x C) per stage in the compute dtype. Embedding rows, gates and scalars, under 0.1 %, are left out.
+    """
+    per_stage = [model.config.vocab_size * model.config.n_embd] * model.config.n_stage
+    for name, p in model.named_parameters():
+        if parameter_group(name) == "matrices":
+            per_stage[model.stage_of(name)] += p.numel()
+    return [sum(per_stage[:k + 1]) * model.compute_dtype.itemsize for k in range(model.config.n_stage)]
 
 
 def flops_per_token(config):

@@ -46,7 +46,7 @@ from flags import Ranks, flag, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters,
                    flops_per_token, load_tensors, parameter_group, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
-from sample import complete
+from sample import Plan, Sampling, complete
 from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
@@ -777,8 +777,8 @@ def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, m
         for number, prompt in enumerate(SAMPLE_PROMPTS):
             room = config.sequence_len + 1 - len(tokenizer.encode(prompt))  # none in a very short context
             if room > 0:
-                text = complete(model, tokenizer, prompt, min(60, room), range(model.config.n_stage), temperature=0.8, top_k=50,
-                                seed=config.seed + number)[0]["completion"]
+                sampling = Sampling(temperature=0.8, top_k=50, seed=config.seed + number)
+                text = next(complete(model, tokenizer, [prompt], min(60, room), Plan(range(model.config.n_stage)), sampling))["completion"]
                 print(f"sample: {(prompt + text)!r}")
     bpb = metrics["bpb"]
     result = {"bpb": bpb, "bpb_gzip": None, "bpb_xz": None}

@@ -1,10 +1,11 @@
 """
-sample.py against uncached greedy loops, softmax frequencies and filters worked out by hand.
+sample.py against uncached greedy loops, plain decoding, teacher-forced passes, softmax frequencies and filters worked out by hand.
 
 Run: python -m pytest tests/test_sample.py
 """
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -12,14 +13,15 @@ import pytest
 import torch
 
 import sample
+from bench import bench, bench_plans, bench_table
 from conftest import ROOT
 from dataloader import Tokenizer
-from model import combine
-from sample import choose, complete, generate, gumbel_noise, stages_of_mode
+from model import BOUNDS_KEY, combine
+from sample import ROWS, Engine, Plan, Sampling, SampleConfig, check_room, choose, complete, generate, gumbel_noise, make_plan
 from test_model import make
 
-GREEDY = dict(temperature=0.0)
-ROWS = torch.zeros(1, dtype=torch.int64)
+ROW = torch.zeros(1, dtype=torch.int64)
+FULL = Plan(range(3))
 
 
 def greedy_without_cache(model, prompt, n, heads):
@@ -31,36 +33,196 @@ def greedy_without_cache(model, prompt, n, heads):
     return ids[len(prompt):]
 
 
+def small(**changes):
+    """A model of three stages whose stage 0 often agrees with the product: float32, room for 80 positions."""
+    model = make(torch.float32, sequence_len=80, **changes)
+    with torch.no_grad():
+        for head in model.lm_head_stages:
+            head.weight.mul_(0.2)
+        for block in model.blocks[2:]:
+            block.attn.c_proj.weight.mul_(0.1)
+            block.mlp.c_proj.weight.mul_(0.1)
+    return model.freeze_for_inference()
+
+
+def decode(engine, prompt, n):
+    engine.begin([prompt])
+    return [token for (new,), _ in generate(engine, n) for token in new][:n]
+
+
+def ids(tokens):
+    return [token.id for token in tokens]
+
+
+PROMPT = [22, 3, 1, 4, 15]
+
+
 @pytest.mark.parametrize("mode, options, heads", [("full", {}, [0, 1, 2]), ("single", {"stage": 0}, [0]), ("single", {"stage": 2}, [2]),
                                                   ("prefix", {"prefix": 1}, [0]), ("prefix", {"prefix": 2}, [0, 1]), ("prefix", {"prefix": 3}, [0, 1, 2])])
 def test_cached_greedy_decoding_equals_the_uncached_loop(mode, options, heads):
-    model, prompt = make(), [22, 3, 1, 4]
-    chosen = stages_of_mode(model.config, mode, **options)
-    assert list(chosen) == heads
-    tokens = [int(t) for t in generate(model, prompt, 10, chosen, **GREEDY)]       # 13 of context + the last, which is not fed back
-    assert tokens == greedy_without_cache(model, prompt, 10, heads)
+    model = small()
+    plan = make_plan(model.config, mode, **options)
+    assert list(plan.heads) == heads
+    tokens = decode(Engine(model, plan), PROMPT, 40)
+    assert ids(tokens) == greedy_without_cache(model, PROMPT, 40, heads)
+    assert {(t.stage, t.depth) for t in tokens} == {(heads[-1], heads[-1] + 1)}
+    log_probs = combine(sum(model.log_probs(k, x) for k, x in enumerate(model.boundaries(torch.tensor([PROMPT + ids(tokens)]))) if k in heads), len(heads))
+    expected = log_probs[0, len(PROMPT) - 1:-1].gather(1, torch.tensor(ids(tokens))[:, None])[:, 0]
+    assert torch.allclose(torch.tensor([t.log_prob for t in tokens]), expected, atol=1e-5)
 
 
-def test_a_prompt_of_bos_alone_and_a_full_context_work():
-    model = make()
-    assert len(list(generate(model, [22], 13, range(3), **GREEDY))) == 13
-    assert len(list(generate(model, [22] * 13, 1, range(3), **GREEDY))) == 1
+def test_a_prompt_of_bos_alone_a_full_context_and_a_long_prompt_work(monkeypatch):
+    model = small()
+    assert len(decode(Engine(model, FULL), [22], 80)) == 80 and len(decode(Engine(model, FULL), [22] * 80, 1)) == 1
+    long = [22, *range(20)] * 3
+    whole = ids(decode(Engine(model, FULL), long, 10))
+    monkeypatch.setattr(sample, "PREFILL", 7)                   # in pieces, the last of 6
+    assert ids(decode(Engine(model, FULL), long, 10)) == whole == greedy_without_cache(model, long, 10, range(3))
 
 
-@pytest.mark.parametrize("length, new, words", [(10, 5, "10 tokens of a context of 13: 4 are left"), (15, 1, "too long")])
+@pytest.mark.parametrize("length, new, words", [(10, 72, "10 tokens of a context of 80: 71 are left"), (82, 1, "too long")])
 def test_a_context_that_would_overflow_says_what_is_left(length, new, words):
     with pytest.raises(ValueError, match=words):
-        list(generate(make(), [1] * length, new, range(3)))
+        check_room(small().config, [1] * length, new)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, seed=5), Sampling(1.3, 9, 0.8, seed=6)])
+def test_speculation_writes_the_very_tokens_of_plain_decoding(sampling):
+    model = small()
+    plain = decode(Engine(model, FULL, sampling=sampling), PROMPT, 70)
+    accepted = []
+    for plan in [Plan(range(3), m) for m in (1, 2, 4, 8, 16, 31)] + [Plan(range(3), 8, gate) for gate in (0.1, 0.5, 1.0)]:
+        engine = Engine(model, plan, sampling=sampling)
+        tokens = decode(engine, PROMPT, 70)
+        assert ids(tokens) == ids(plain), plan
+        assert [t.log_prob for t in tokens] == [t.log_prob for t in plain]
+        accepted.append(sum(t.stage == 0 for t in tokens))
+    assert min(accepted[:6]) > 10 and max(accepted[:6]) < 70    # some drafts were right, some were not
+    assert accepted[8] < 5                                      # at gate 1.0 stage 0 is hardly ever sure
+
+
+@pytest.mark.parametrize("draft_len", [1, 4, 16])
+def test_right_wrong_and_once_wrong_drafters_change_nothing_but_the_number_of_cycles(draft_len):
+    model = small()
+    plain = ids(decode(Engine(model, FULL), PROMPT, 34))
+
+    class Scripted(Engine):
+        """Its drafts are plain decoding's tokens, but for those at `wrong`, counted from the end of the prompt."""
+        def decide(self, k):
+            super().decide(k)
+            place = int(self.cursors[1]) - len(PROMPT)
+            truth = plain[place] if place < len(plain) else 0
+            self.tokens[0, place + len(PROMPT)] = (truth + 1) % 23 if place in wrong else truth
+    for wrong, cycles in [(set(), -(-34 // (draft_len + 1))), (set(range(100)), 34), *[({i}, None) for i in range(0, 20, 3)]]:
+        engine = Scripted(model, Plan(range(3), draft_len))
+        engine.begin([PROMPT])
+        steps = [new for (new,), _ in generate(engine, 34)]
+        assert [t.id for new in steps for t in new][:34] == plain
+        assert cycles is None or len(steps) == cycles
+
+
+@pytest.mark.parametrize("plan", [Plan(range(3), exits=(0.4, 0.4)), Plan(range(3), exits=(0.15, math.inf), score="probability"), Plan(range(3), 5), Plan(range(3), forced_lifts=0.07)])
+def test_after_a_flush_the_state_is_a_teacher_forced_passes_and_garbage_beyond_the_cursors_is_never_read(plan):
+    model = small()
+    engine, teacher = Engine(model, plan), Engine(model, FULL)
+    engine.begin([PROMPT])
+    for state in (engine.cache.keys, engine.cache.values):      # (L, B, slots, H_kv, D)
+        state[:, :, len(PROMPT) - 1:] = 1e4
+    engine.stream.fill_(-1e4)
+    engine.sums.fill_(1e4)
+    tokens = [token for (new,), _ in generate(engine, 70) for token in new]
+    teacher.choices(PROMPT, ids(tokens))
+    engine.flush()
+    n = int(engine.cursors[1])
+    assert engine.cursors[1:, 0].tolist() == [n] * 3 and n >= len(PROMPT) + 60
+    for ours, theirs in ((engine.cache.keys, teacher.cache.keys), (engine.cache.values, teacher.cache.values)):
+        assert torch.equal(ours[:, :, :n], theirs[:, :, :n])
+    if plan.adaptive:
+        depths = [t.depth for t in tokens]
+        longest = max(map(len, "".join(map(str, depths)).replace("2", "3").split("3")))
+        assert 3 in depths and 1 in depths and (plan.forced_lifts is None or longest > ROWS)            # more waited than one pass takes
+    with torch.no_grad():
+        cache = sample.KVCache(model.config, 1, 80, "cpu", torch.float32)
+        cache.place(torch.arange(n)[None], n)
+        x = x0 = model.embed(engine.tokens[:, :n])
+        for k in range(3):
+            x = model.stage(k, x, x0, engine.tokens[:, :n], cache)
+    assert torch.allclose(engine.cache.keys[:, :, :n], cache.keys[:, :, :n], atol=1e-4)
+
+
+def test_early_exit_leaves_where_its_rule_says_and_says_what_that_prefix_says():
+    model = small()
+    plan = Plan(range(3), exits=(0.5, 0.3))
+    tokens = decode(Engine(model, plan), PROMPT, 60)
+    stages = [model.log_probs(k, x)[0] for k, x in enumerate(model.boundaries(torch.tensor([PROMPT + ids(tokens)])))]
+    for i, token in enumerate(tokens):
+        for k in range(3):
+            score = sum(stages[:k + 1])[len(PROMPT) - 1 + i] / (k + 1)
+            top = score.topk(2).values
+            if k == 2 or top[0] - top[1] >= plan.exits[k]:
+                break
+        assert (token.depth, token.id) == (k + 1, int(score.argmax()))
+    assert len({t.depth for t in tokens}) == 3
+    choices = Engine(model, FULL).choices(PROMPT, ids(tokens))
+    assert choices == sum(stages)[len(PROMPT) - 1:-1].argmax(dim=-1).tolist()
+
+
+def test_ragged_rows_are_what_they_are_alone():
+    model = small()
+    prompts = [PROMPT, [22], [22, *range(20)], [22, 7, 7]]
+    for plan in (FULL, Plan(range(2)), Plan(range(1, 2))):
+        engine = Engine(model, plan, 4, Sampling(0.8, seed=3))
+        engine.begin(prompts, [5, 6, 7, 8])
+        rows = [[token.id for token in row] for row in zip(*[[r[0] for r in new] for new, _ in generate(engine, 30)])]
+        for prompt, number, row in zip(prompts, (5, 6, 7, 8), rows):
+            alone = Engine(model, plan, 1, Sampling(0.8, seed=3))
+            alone.begin([prompt], [number])
+            assert row == [t.id for (new,), _ in generate(alone, 30) for t in new]
 
 
 def test_the_same_seed_gives_the_same_rows_whatever_is_generated_beside_them():
-    model, prompt = make(), [22, 5]
-    def rows(n, seed):
-        return torch.stack(list(generate(model, prompt, 11, range(3), n_rows=n, temperature=1.5, seed=seed)), dim=1)
-    three = rows(3, seed=7)
-    assert torch.equal(three[:2], rows(2, seed=7)) and torch.equal(three[:1], rows(1, seed=7))
-    assert not torch.equal(three[0], three[1]) and not torch.equal(three, rows(3, seed=8))
-    assert not torch.equal(three, rows(3, seed=7 + 2 ** 32))                        # the seed's upper half counts too
+    tokenizer = Tokenizer.load(vocab_size=300)
+    model = make(torch.float64, vocab_size=300, sequence_len=30).freeze_for_inference()
+
+    def rows(n, seed, plan=FULL):
+        return [s["token_ids"] for s in complete(model, tokenizer, ["ab"], 11, plan, Sampling(1.5, seed=seed), n_samples=n)]
+    twenty = rows(20, seed=7)                                   # a group of ROWS and one of four
+    assert twenty[:2] == rows(2, seed=7) == rows(2, 7, Plan(range(3), draft_len=3)) and twenty[:1] == rows(1, seed=7) and len(twenty) == 20 > ROWS
+    assert twenty[0] != twenty[1] and twenty != rows(20, seed=8) and twenty != rows(20, seed=7 + 2 ** 32)      # the seed's upper half counts too
+
+
+KERNELS = """
+import torch, triton.language as tl
+import sample
+from sample import Engine, Plan, StageKernels
+from test_model import make
+sample.gdc_wait = sample.gdc_launch_dependents = lambda: None
+tl.inline_asm_elementwise = lambda *args, **kwargs: None
+torch.set_num_threads(1)
+model = make(torch.float32, sequence_len=60, vocab_size=70, n_layer=3, n_embd=64, n_head=2, n_kv_head=1, mlp_hidden=256, stage_layers=(2, 1)).freeze_for_inference()
+for prompts in ([[69, *range(31)]], [[69, 5, 6], [69, *range(35)], [69]]):
+    plan = Plan(range(2), draft_len=2 if len(prompts) == 1 else 0)
+    slow, fast = (Engine(model, plan, len(prompts)) for _ in range(2))
+    kernels = StageKernels(model, fast)
+    for engine in (slow, fast):
+        engine.begin(prompts)
+    fast.kernels = kernels
+    slow.cycle(plan.draft_len + 1), fast.cycle(plan.draft_len + 1)
+    n = slow.cursors[1:].min()
+    assert torch.equal(slow.cursors, fast.cursors) and torch.equal(slow.tokens, fast.tokens)
+    for a, b in ((slow.report, fast.report), (slow.cache.keys[:, :, :n], fast.cache.keys[:, :, :n]), (slow.cache.values[:, :, :n], fast.cache.values[:, :, :n]),
+                 (slow.stream[:, :, n - 1:n], fast.stream[:, :, n - 1:n])):
+        assert torch.allclose(a, b, atol=2e-4), (a - b).abs().max()
+    print(slow.cursors[0].tolist())
+"""
+
+
+def test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_frequencies_of_sampled_tokens_match_softmax():
@@ -96,19 +258,19 @@ def test_filters_keep_the_tokens_worked_out_by_hand():
     assert sampled_set(top_p=0.5) == {0, 1}                     # 0.4 is not enough, 0.7 is
     assert sampled_set(top_p=0.35) == {0}
     assert sampled_set(top_k=3, top_p=0.8) == {0, 1, 2}         # of 4/9, 3/9, 2/9: 7/9 is not yet 0.8
-    assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 1e-45, 0, 1.0, 0, ROWS, ROWS).tolist() == [1]      # as cold as float32 goes
-    assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 0.0, 0, 1.0, 0, ROWS, ROWS).tolist() == [1]
+    assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 1e-45, 0, 1.0, 0, ROW, ROW).tolist() == [1]      # as cold as float32 goes
+    assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 0.0, 0, 1.0, 0, ROW, ROW).tolist() == [1]
 
 
 def test_completion_stops_at_bos_and_holds_back_half_a_character(monkeypatch):
     tokenizer = Tokenizer.load(vocab_size=300)
     e_acute = [tokenizer.ranks.index(bytes([b])) for b in "é".encode()]
     script = [[65, 66], [e_acute[0], 66], [e_acute[1], tokenizer.bos], [tokenizer.bos, 66], [67, 67]]     # time x row
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: iter(torch.tensor(script)))     # a model with known tokens
+    monkeypatch.setattr(sample, "generate", lambda *a: iter([([[sample.Token(i, -1.0, 2, 3)] for i in ids], 0) for ids in script]))     # known tokens
     streamed = []
-    out = complete(None, tokenizer, "x", 5, range(1), n_rows=2, on_text=streamed.append)
+    out = list(complete(make(vocab_size=300), tokenizer, ["x"], 5, FULL, n_samples=2, on_text=streamed.append))
     a = tokenizer.decode([65])
-    assert out[0] == {"prompt": "x", "completion": a + "é", "token_ids": [65, *e_acute], "stopped": "bos"}
+    assert out[0] == {"prompt": "x", "completion": a + "é", "token_ids": [65, *e_acute], "log_probs": [-1.0] * 3, "stages": [2] * 3, "depths": [3] * 3, "stopped": "bos"}
     assert out[1]["token_ids"] == [66, 66] and out[1]["stopped"] == "bos"
     assert "".join(streamed) == a + "é" and "\ufffd" not in "".join(streamed)
 
