@@ -569,8 +569,8 @@ class Engine:
         position = self.cursors[1] - 1                                      # (1,)
         token, log_prob, margin, top = self.choose(position, k + 1)
         sure = torch.ones_like(token)
-        if k == 0 and self.plan.forced_lifts is not None:
-            sure = (uniform(position) >= self.plan.forced_lifts).long()
+        if k < self.last and self.plan.forced_lifts is not None:
+            sure = (uniform(position) >= (self.plan.forced_lifts if k == 0 else 1.0)).long()
         elif k < self.last and self.plan.exits:
             sure = ((top.exp() if self.plan.score == "probability" else margin) >= self.plan.exits[k]).long()
         elif self.plan.draft_gate > 0:

@@ -121,7 +121,7 @@ def test_right_wrong_and_once_wrong_drafters_change_nothing_but_the_number_of_cy
         assert cycles is None or len(steps) == cycles
 
 
-@pytest.mark.parametrize("plan", [Plan(range(3), exits=(0.4, 0.4)), Plan(range(3), exits=(0.15, math.inf), score="probability"), Plan(range(3), 5), Plan(range(3), forced_lifts=0.07)])
+@pytest.mark.parametrize("plan", [Plan(range(3), exits=(0.4, 0.4)), Plan(range(3), exits=(0.15, math.inf), score="probability"), Plan(range(3), 5), Plan(range(3), forced_lifts=0.03)])
 def test_after_a_flush_the_state_is_a_teacher_forced_passes_and_garbage_beyond_the_cursors_is_never_read(plan):
     model = small()
     engine, teacher = Engine(model, plan), Engine(model, FULL)
