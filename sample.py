@@ -488,6 +488,7 @@ class Engine:
         self.noise_rows = new(n_rows, dtype=torch.int64)
         self.batch = torch.arange(n_rows, device=device)[:, None]           # (B, 1)
         self.cache = KVCache(config, n_rows, self.slots, device, model.compute_dtype)
+        self.chances = uniform(torch.arange(self.slots, device=device))     # for the plan's forced_acceptance and forced_lifts
         self.kernels = StageKernels(model, self) if fast else None
         self.graphs, self.capture_seconds, self.in_flight = {}, 0.0, 2 if fast else 1
         self.passes = [0] * (self.last + 1)                                 # passes of each stage so far, for counting bytes
@@ -570,7 +571,7 @@ class Engine:
         token, log_prob, margin, top = self.choose(position, k + 1)
         sure = torch.ones_like(token)
         if k < self.last and self.plan.forced_lifts is not None:
-            sure = (uniform(position) >= (self.plan.forced_lifts if k == 0 else 1.0)).long()
+            sure = (self.chances[position] >= (self.plan.forced_lifts if k == 0 else 1.0)).long()
         elif k < self.last and self.plan.exits:
             sure = ((top.exp() if self.plan.score == "probability" else margin) >= self.plan.exits[k]).long()
         elif self.plan.draft_gate > 0:
@@ -595,7 +596,7 @@ class Engine:
         positions, tokens = self.judge_all(n)
         taken = torch.ones_like(positions[:1])
         if n > 1:
-            agree = tokens[:-1] == self.tokens[0, positions[1:]] if self.plan.forced_acceptance is None else uniform(positions[1:]) < self.plan.forced_acceptance
+            agree = tokens[:-1] == self.tokens[0, positions[1:]] if self.plan.forced_acceptance is None else self.chances[positions[1:]] < self.plan.forced_acceptance
             taken = taken + agree.long().cumprod(0).sum()
         self.tokens[self.batch[:, 0], positions + 1] = tokens
         self.cursors[1:] = (positions[:1] if self.n_rows == 1 else positions) + taken
@@ -752,8 +753,9 @@ def generate_adaptive(engine, max_new_tokens):
             k += 1
             for left in range(waiting[k], 0, -engine.width):
                 wait = engine.start("lift", k, left <= engine.width)
-            (sure, *_), (token, *_), (log_prob, *_) = wait()
             waiting[k] = 0
+            if k == engine.last or (engine.plan.exits and engine.plan.exits[k] < math.inf):     # else it cannot be sure: the next one is due
+                (sure, *_), (token, *_), (log_prob, *_) = wait()
         yield [[Token(int(token), float(log_prob), k, k + 1)]], 0
 
 
