@@ -1,7 +1,7 @@
 """
 Measure checkpoints: every table of the model card from one pass of the trunk, for one checkpoint, a run or two runs.
 
-    python evaluate.py runs/tiny/step-00300                     # one checkpoint
+    python evaluate.py runs/tiny/step-00400                     # one checkpoint
     python evaluate.py runs/tiny                                # every checkpoint of a run: TRAJECTORY.md and trajectory.png beside them
     python evaluate.py runs/poe runs/bp                         # two runs side by side, with the gap in percent
     torchrun --standalone --nproc_per_node 8 evaluate.py runs/3b
@@ -15,7 +15,7 @@ a document are alike, and every difference of bpb between two checkpoints has a 
 windows and add up their sums. Memory is bounded by a chunk of tokens, and a few bytes per token of the slice.
 
 Written, inside the run that is given and nowhere else: metrics.json and timings.json of each step, `poe_wand_*` in its config.json,
-TRAJECTORY.md, trajectory.png. Definitions: SPEC 2 and 7 of the model card's system (README). WAND: after Broder et al., CIKM 2003.
+TRAJECTORY.md, trajectory.png. Definitions are in the docstrings and in README's "Measuring". WAND: after Broder et al., CIKM 2003.
 """
 import functools
 import hashlib
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from dataloader import VAL_SEED, open_data, validation_windows
 from flags import Ranks, flag, parse_flags, run
-from model import BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, load_checkpoint, norm, read_record, softcap, stage_bytes
+from model import BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, load_checkpoint, norm, read_json, read_record, softcap, stage_bytes
 from sample import Engine, Plan, complete, decode_timed, kernels_fit
 from schedule import Phase, learning_rate, phase_index, position
 
@@ -244,6 +244,7 @@ class Slice:
 
     def __init__(self, mix, n_windows, n_calibration, tokenizer):
         self.mix, self.n_windows, self.n_calibration, self.tokenizer = mix, n_windows, n_calibration, tokenizer
+        mix.batch(np.arange(n_windows))                                     # a damaged shard is named here
         self.documents = slice_documents(mix, n_windows, tokenizer.bos)
         self.in_report = ~np.isin(self.documents, self.documents[:n_calibration])
         if not self.in_report.any():
@@ -505,10 +506,9 @@ def write_json(path, value):
 def read_object(path):
     """The JSON object in a file; {} where there is no file or no object in it."""
     try:
-        value = json.loads(Path(path).read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_log(path):
@@ -527,7 +527,8 @@ def read_log(path):
 def train_log_bpb(run, step):
     """Full bpb that the run's own log has at `step`, with its token count; None where it has none."""
     found = [entry for entry in read_log(run / "log.jsonl") if entry["kind"] == "val" and entry["step"] == step]
-    return {"full": found[-1]["bpb"]["full"], "tokens": found[-1]["tokens"]} if found else None
+    full, tokens = (get(found[-1], ("bpb", "full")), found[-1].get("tokens")) if found else (None, None)
+    return {"full": full, "tokens": tokens} if isinstance(full, float) and isinstance(tokens, int) else None
 
 
 def phases_of(run, path=None):
@@ -557,12 +558,25 @@ def write_bounds(path, bounds):
         write_json(path / "config.json", {**record, BOUNDS_KEY: bounds})
 
 
+def whole(metrics):
+    """Whether this is what `evaluate_checkpoint` writes: its figures are numbers, in lists as long as the model has stages."""
+    K = len(get(metrics, ("bpb", "single")) or ()) if isinstance(get(metrics, ("bpb", "single")), list) else 0
+    figures = [metrics.get("step"), *(get(metrics, path) for path in (("bpb", "full"), ("accuracy", "full"), ("crossover_gap",)))]
+    for path, n in ((("bpb", "single"), K), (("bpb", "prefix"), K), (("accuracy", "single"), K)):
+        found = get(metrics, path)
+        figures += found if isinstance(found, list) and len(found) == n else [None]
+    figures += list(metrics["alpha_sweep"].values()) if isinstance(metrics.get("alpha_sweep"), dict) else [None]
+    return (metrics.get("format") == FORMAT and K > 0 and all(isinstance(x, (int, float)) for x in figures)
+            and all(isinstance(metrics.get(name), (dict, type(None))) for name in ("wand", "routing", "speculative", "facts", "phase", "blocks"))
+            and isinstance(metrics.get("samples"), (list, type(None))))
+
+
 def read_metrics(path):
     """metrics.json of a step directory. Raises FileNotFoundError or ValueError where there is none, or one of another format."""
     file, metrics = path / "metrics.json", read_object(path / "metrics.json")
     if not file.exists():
         raise FileNotFoundError(f"{path} has no metrics.json; measure it: leave --no-measure out")
-    if metrics.get("format") != FORMAT or not {"step", "bpb", "accuracy", "alpha_sweep", "crossover_gap", "wand"} <= metrics.keys():
+    if not whole(metrics):
         raise ValueError(f"{file} is of an older or foreign format; measure it again: leave --no-measure out")
     return {**metrics, "timings": read_object(path / "timings.json")}
 
@@ -602,7 +616,7 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
                     "samples": config.samples, "speculative_prompts": 0 if not config.samples else
                     SPECULATIVE_PROMPTS[device.type] if config.speculative_prompts is None else config.speculative_prompts}
         weights = get(read_object(path / "manifest.json"), ("files", "model.pt"))
-        done = old.get("format") == FORMAT and old.get("settings") == {**settings, "weights_sha256": weights}
+        done = whole(old) and old.get("settings") == {**settings, "weights_sha256": weights}
         if not done:
             model, record, weights = load_checkpoint(path, device, dtype)
             if config.compile:
@@ -1161,6 +1175,9 @@ def report_run(run, rows):
     except ImportError:
         text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("!["))
         print("matplotlib is missing, so there is no trajectory.png; pip install matplotlib draws it", file=sys.stderr)
+    except OSError as e:
+        print(f"TRAJECTORY.md and trajectory.png are not written, only printed: {e}", file=sys.stderr)
+        return text, reading
     temporary = run / ".TRAJECTORY.md.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, run / "TRAJECTORY.md")
@@ -1197,7 +1214,7 @@ def evaluate(given, paths, ranks):
     if len(runs) == 2 and len(measured) == 2 and not config.json:
         print(compare(*map(list, zip(*measured))))
     if failures:
-        raise ValueError(f"{len(failures)} of {sum(len(s) for _, s in runs) + len(singles)} checkpoints could not be reported, the others were: "
+        raise ValueError(f"{len(failures)} of {sum(len(s) for _, s in runs) + len(singles)} checkpoints could not be reported: "
                          f"{', '.join(failures)}; the lines above say why")
 
 

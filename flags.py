@@ -44,6 +44,15 @@ def parse_flags(cls, description, argv=None, positionals=()):
     return vars(parser.parse_args(argv))
 
 
+def check_types(cls, values):
+    """Raise ValueError where a value, say from a file, is not what dataclass `cls` declares; None is for fields whose default it is."""
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name, field.default)
+        kinds = (int, float) if field.type is float else (field.type,)
+        if not (value is None and field.default is None) and type(value) not in kinds:
+            raise ValueError(f"{field.name} is {value!r} there, not {'a number' if field.type is float else 'of type ' + field.type.__name__}")
+
+
 def _rank():
     return int(rank) if (rank := os.environ.get("RANK", "0")).isdecimal() else 0
 
@@ -222,6 +231,8 @@ def run(main):
         sys.exit(0)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if Ranks.current:
+            Ranks.current.close()
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):

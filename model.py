@@ -64,13 +64,13 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "stage_layers", tuple(self.stage_layers))
         for name in ("sequence_len", "vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden"):
-            if not 1 <= getattr(self, name) <= 10 ** 7:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 1 to 10,000,000")
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 10 ** 7:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be from 1 to 10,000,000")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
-        if min(self.stage_layers, default=0) < 1 or sum(self.stage_layers) != self.n_layer:
-            raise ValueError(f"stage_layers {self.stage_layers} must be positive and sum to n_layer = {self.n_layer}, "
-                             f"but the sum is {sum(self.stage_layers)}; change --stage-layers or --n-layer")
+        if any(type(n) is not int for n in self.stage_layers) or min(self.stage_layers, default=0) < 1 or sum(self.stage_layers) != self.n_layer:
+            raise ValueError(f"stage_layers {self.stage_layers} must be positive and sum to n_layer = {self.n_layer}; "
+                             f"change --stage-layers or --n-layer")
         if self.objective == "bp" and len(self.stage_layers) != 1:
             raise ValueError(f"objective bp has one stage of all layers, not stage_layers {self.stage_layers}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
@@ -590,10 +590,7 @@ def resolve_checkpoint(path):
 def sha256_of(path):
     """Hex sha256 of a file; of config.json without its `poe_wand_*` keys, which calibration may write later."""
     if Path(path).name == "config.json":
-        config = json.loads(Path(path).read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} holds no JSON object")
-        config = {k: v for k, v in config.items() if not k.startswith("poe_wand_")}
+        config = {k: v for k, v in read_json(path).items() if not k.startswith("poe_wand_")}
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -628,13 +625,29 @@ def verify_checkpoint(path, skip_optimizer=False, share=(0, 1)):
     return files
 
 
+def read_json(path):
+    """The JSON object in a file. Raises FileNotFoundError, or ValueError where it holds something else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not readable: {type(e).__name__}: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
 def read_record(path):
     """config.json of a step directory, as a dict with model, train, tokenizer, phases and step. Raises ValueError where it is not one."""
-    record = json.loads((Path(path) / "config.json").read_text())
-    shape = {f.name for f in fields(ModelConfig)}
-    for key, keys in (("model", shape), ("train", {"data"}), ("tokenizer", {"sha256"})):
+    file = Path(path) / "config.json"
+    record = read_json(file)
+    for key, keys in (("model", {f.name for f in fields(ModelConfig)}), ("train", {"data"}), ("tokenizer", {"sha256"})):
         if not isinstance(record.get(key), dict) or not keys <= record[key].keys():
-            raise ValueError(f"{path}/config.json is not a checkpoint's: it needs {key!r} with {', '.join(sorted(keys))}; use another step")
+            raise ValueError(f"{file} is not a checkpoint's: it needs {key!r} with {', '.join(sorted(keys))}; use another step")
+    try:
+        ModelConfig(**record["model"])
+        record["train"]["data"] + ""
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{file} is not a checkpoint's: {e}; use another step") from None
     return record
 
 

@@ -42,9 +42,9 @@ from torch.nn.utils import get_total_norm
 
 from dataloader import Loader, open_data, validation_windows
 from evaluate import read_log, score, slice_text, summarize, write_json
-from flags import Ranks, flag, parse_flags, run
+from flags import Ranks, flag, check_types, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters,
-                   flops_per_token, load_tensors, parameter_group, read_record, sha256_of, verify_checkpoint)
+                   flops_per_token, load_tensors, read_json, parameter_group, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
 from sample import Plan, Sampling, complete
 from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
@@ -178,6 +178,9 @@ def resolve_config(given, restarted=False):
     if given.get("out") == "":
         raise ValueError("--out is empty; name a folder for the run")
     resume, parent = given.get("resume"), given.get("continue_from")
+    for name in ("resume", "continue_from"):
+        if given.get(name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty; name a {'run' if name == 'resume' else 'checkpoint'}, or leave it out to train anew")
     if resume and parent:
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
     if restarted and not resume:                                            # torchrun started the same command again
@@ -186,11 +189,13 @@ def resolve_config(given, restarted=False):
             given, resume = {}, out
     if resume:
         out = Path(resume)
+        if out.is_file():
+            raise ValueError(f"--resume {out} is a file; give a run, which is a folder")
         if (out / "manifest.json").exists():
             raise ValueError(f"--resume {out} is a checkpoint; give the run that it is in: --resume {out.resolve().parent}")
         try:
-            record = json.loads((out / "config.json").read_text())
-            recorded, phases = record["train"], record["phases"]
+            record = read_json(out / "config.json")
+            recorded, phases = {**record["train"]}, record["phases"]
         except FileNotFoundError:
             raise FileNotFoundError(f"--resume {out}: no run there (no config.json); start one with --out {out}") from None
         except (ValueError, KeyError, TypeError) as e:
@@ -235,9 +240,12 @@ def refuse(given, names, why):
 
 def recorded_config(path, values):
     try:
+        check_types(TrainConfig, values)
+        if missing := [name for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm") if values.get(name) is None]:
+            raise ValueError(f"{missing[0]} is missing")
         return TrainConfig(**values)
-    except TypeError as e:
-        raise ValueError(f"{path / 'config.json'} is not of this version ({e}); start another --out") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path / 'config.json'} and the flags do not make a run ({e}); mend the value, or start another --out") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -259,9 +267,12 @@ def check_phases(path, rows):
     """Return `rows`, the phase table of config.json in `path`, or raise ValueError where it is not one."""
     try:
         for row in rows:
-            phase_of(row), row["anchor_sample"] + 0, row["mix"] + ""
-        assert rows
-    except (KeyError, TypeError, ValueError, AssertionError) as e:
+            phase_of(row), row["mix"] + "", hash(row["mix_sha256"])
+            if any(type(row[name]) is not int or not 0 <= row[name] < 2 ** 62 for name in ("anchor_step", "anchor_sample", "num_steps", "warmup_steps")):
+                raise ValueError("anchors and steps are whole numbers")
+        if not rows or any(before["anchor_step"] + before["num_steps"] < after["anchor_step"] for before, after in zip(rows, rows[1:])):
+            raise ValueError("each phase begins in the one before it or at its end")
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"the phase table of {path / 'config.json'} is not readable ({e!r}); use another checkpoint") from None
     return rows
 

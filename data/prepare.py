@@ -81,6 +81,8 @@ class Config:
 def read_mix(config):
     """Read the mix file, --only and --source: (name of the mix, its chosen sources (dicts), {name: path} of local files)."""
     path = Path(config.mix or HERE / "frontier_v1.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"--mix {path} is not there; give a mix file (README, \"Your own data\"), or leave it out for data/frontier_v1.json")
     try:
         mix = json.loads(path.read_text(encoding="utf-8"))
         label, sources, names, wrong = mix["name"], mix["sources"], [source["name"] for source in mix["sources"]], []
