@@ -63,7 +63,8 @@ def bench_plans(model_config, config, bounds, metrics):
             except ValueError as e:
                 print(f"not measured: {e}", file=sys.stderr)
         plans |= {f"curve: margin {t:g}": Plan(range(K), exits=(t,) * (K - 1)) for t in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}
-        plans |= {f"curve: top-1 {t:g}": Plan(range(K), exits=(t, *[math.inf] * (K - 2)), score="probability") for t in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)}
+        plans |= {f"curve: top-1 {t:g}": Plan(range(K), exits=(t, *[math.inf] * (K - 2)), score="probability")
+                  for t in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)}
     return plans
 
 
@@ -112,8 +113,9 @@ def bench(model, prompts, config, plans):
             agreement = sum(same) / len(same)
         judged = sum(run.judged for run in runs)
         rows.append({
-            "name": name, "tokens_per_s": speed, "tokens_per_s_min": 1 / max(times[name]), "tokens_per_s_max": 1 / min(times[name]), "ms_per_token": 1e3 / speed,
-            "speedup": statistics.median(a / b for a, b in zip(times["full"], times[name])), "tokens_per_cycle": made / sum(run.cycles for run in runs),
+            "name": name, "tokens_per_s": speed, "tokens_per_s_min": 1 / max(times[name]), "tokens_per_s_max": 1 / min(times[name]),
+            "ms_per_token": 1e3 / speed, "speedup": statistics.median(a / b for a, b in zip(times["full"], times[name])),
+            "tokens_per_cycle": made / sum(run.cycles for run in runs),
             "acceptance": sum(run.accepted for run in runs) / judged if judged else None,
             "exits": [sum(run.depths.count(k + 1) for run in runs) / made for k in range(model.config.n_stage)],
             "identical": identical, "agreement": agreement,
@@ -131,8 +133,8 @@ def bench_table(result, bpb):
     """The benchmark as a table for people. bpb: {name: bits per byte}, as evaluate.py measured it."""
     def cell(value, form):
         return "" if value is None else format(value, form)
-    lines = ["| mode | bpb | tokens/s | min to max | ms/token | speedup | tokens/cycle | acceptance | left after s0, s1, ... | agrees with full | MB/token | of nominal | of copy | first token |",
-             "| --- |" + " ---: |" * 13]
+    lines = ["| mode | bpb | tokens/s | min to max | ms/token | speedup | tokens/cycle | acceptance | left after s0, s1, ... | agrees with full "
+             "| MB/token | of nominal | of copy | first token |", "| --- |" + " ---: |" * 13]
     for row in result["modes"]:
         cells = (row["name"], cell(bpb.get(row["name"], bpb.get("full") if row["identical"] else None), ".4f"), cell(row["tokens_per_s"], ".1f"),
                  f"{row['tokens_per_s_min']:.1f} to {row['tokens_per_s_max']:.1f}", cell(row["ms_per_token"], ".3f"), cell(row["speedup"], ".2f") + "x",
@@ -168,7 +170,8 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
         check_room(model.config, ids, config.max_new_tokens)
     result = {"checkpoint": checkpoint and str(checkpoint), "random_weights": config.preset} | bench(model, encoded, config, plans)
     bpb = metrics.get("bpb") or {}
-    known = {"full": bpb.get("full"), "s0 alone": bpb.get("single", [None])[0]} | {f"prefix {n + 1}": value for n, value in enumerate(bpb.get("prefix", []))}
+    known = {"full": bpb.get("full"), "s0 alone": bpb.get("single", [None])[0]}
+    known |= {f"prefix {n + 1}": value for n, value in enumerate(bpb.get("prefix", []))}
     if config.preset:
         print(f"random weights in the shape of {config.preset}: speed alone")
     for name, value in (("acceptance", config.forced_acceptance), ("share of lifts", config.forced_lifts)):

@@ -348,7 +348,8 @@ class StageKernels:
         self.x, self.middle, self.attended = new(ROWS, C), new(ROWS, C), new(ROWS, C)
         self.hidden, self.qkv = new(ROWS, config.mlp_hidden), new(ROWS, max(map(len, model.qkv_gate)), dtype=torch.float32)
         self.logits, self.found = new(ROWS, config.vocab_size, dtype=torch.float32), new(2, SLOTS, dtype=torch.float32)
-        self.exp_parts, self.chosen = new(ROWS, triton.next_power_of_2(-(-config.vocab_size // 64)), dtype=torch.float32), new(SLOTS, dtype=torch.int64)
+        self.exp_parts = new(ROWS, triton.next_power_of_2(-(-config.vocab_size // 64)), dtype=torch.float32)
+        self.chosen = new(SLOTS, dtype=torch.int64)
         self.x_squares, self.middle_squares = (new(ROWS, self.parts, dtype=torch.float32) for _ in range(2))
         pairs = engine.n_rows * config.n_kv_head
         self.partial = new(pairs, self.chunks, self.M, D, dtype=torch.float32)
@@ -412,9 +413,11 @@ class StageKernels:
     def speak(self, k):
         """As `Engine.speak`."""
         engine, V = self.engine, self.model.config.vocab_size
-        self.multiply(k, engine.stream[k + 1], self.model.head_weight(k), self.logits, squares=self.x_squares, cap=SOFTCAP, out_parts=self.exp_parts, x_placed=True)
-        add_log_probs[(-(-V // 512),)](self.logits, self.exp_parts, engine.sums, engine.cursors[k + 1], engine.cursors[k], engine.slots, V=V, T=self.T, ROWS=ROWS,
-                                       SLOTS=SLOTS, PARTS=self.exp_parts.size(1), BLOCK=512, FIRST=k == engine.heads[0], num_warps=4, launch_pdl=True)
+        self.multiply(k, engine.stream[k + 1], self.model.head_weight(k), self.logits, squares=self.x_squares, cap=SOFTCAP,
+                      out_parts=self.exp_parts, x_placed=True)
+        add_log_probs[(-(-V // 512),)](
+            self.logits, self.exp_parts, engine.sums, engine.cursors[k + 1], engine.cursors[k], engine.slots, V=V, T=self.T, ROWS=ROWS, SLOTS=SLOTS,
+            PARTS=self.exp_parts.size(1), BLOCK=512, FIRST=k == engine.heads[0], num_warps=4, launch_pdl=True)
 
     def advance(self, k):
         """As `Engine.advance`."""
@@ -721,7 +724,8 @@ def generate(engine, max_new_tokens):
         if engine.n_rows > 1:
             yield [[Token(int(tokens[row]), float(log_probs[row]), stage, depth)] for row in range(engine.n_rows)], 0
         else:                                                               # all but the last were stage 0's drafts
-            yield [[Token(int(tokens[i]), float(log_probs[i]), stage if i == numbers[0] - 1 else 0, depth) for i in range(int(numbers[0]))]], n - 1
+            last = int(numbers[0]) - 1
+            yield [[Token(int(tokens[i]), float(log_probs[i]), stage if i == last else 0, depth) for i in range(last + 1)]], n - 1
         made += int(numbers[0])
 
 
@@ -785,8 +789,9 @@ def decode_timed(engine, prompt, n_new):
 # ---------------------------------------------------------------------------------------------------------------
 # From flags to a plan
 
-def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_gate=0.0, wand_margin=False, routing_threshold=None, bounds=None, metrics=None):
-    """The `Plan` of a mode. bounds: the checkpoint's p99 bounds, nats; metrics: its metrics.json as a dict. Raises ValueError where a mode lacks what it needs.
+def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_gate=0.0, wand_margin=False, routing_threshold=None,
+              bounds=None, metrics=None):
+    """The `Plan` of a mode. bounds: the checkpoint's p99 bounds, nats. metrics: its metrics.json, a dict. Raises ValueError where one lacks.
 
     WAND leaves after stage k where the margin exceeds the sum of the bounds of the stages that remain (or, in its margin form, where it reaches
     the stage's threshold); routing leaves after stage 0 where its top-1 probability reaches the threshold.
@@ -818,14 +823,23 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
             raise ValueError(f"--mode wand needs {BOUNDS_KEY}, {K - 1} numbers, in config.json; {missing}")
         return Plan(range(K), exits=tuple(math.nextafter(sum(bounds[k:]), math.inf) for k in range(K - 1)))
     if mode == "wand":
-        found = ((metrics.get("wand") or {}).get("margin") or {}).get("thresholds")
+        found = measured(metrics, "wand", "margin", "thresholds")
         if not is_numbers([t or 0.0 for t in found] if isinstance(found, list) else None, K - 1):
             raise ValueError(f"--wand-margin needs wand.margin.thresholds, {K - 1} numbers, in metrics.json; {missing}")
         return Plan(range(K), exits=tuple(math.inf if t is None else t for t in found))     # null: no threshold keeps the cap
-    found = (metrics.get("routing") or {"threshold": ""}).get("threshold", "") if routing_threshold is None else routing_threshold
-    if found is not None and not is_numbers([found], 1):
+    found = measured(metrics, "routing", "threshold", missing="") if routing_threshold is None else routing_threshold
+    if found is not None and not is_numbers([found], 1):                    # null: no threshold keeps the cap
         raise ValueError(f"--mode routing needs --routing-threshold, or routing.threshold in metrics.json; {missing}")
     return Plan(range(K), exits=(math.inf if found is None else found, *[math.inf] * (K - 2)), score="probability")
+
+
+def measured(metrics, *path, missing=None):
+    """What metrics.json has at a path of keys."""
+    for key in path:
+        if not isinstance(metrics, dict) or key not in metrics:
+            return missing
+        metrics = metrics[key]
+    return metrics
 
 
 def is_numbers(values, n):
@@ -937,8 +951,10 @@ class SampleConfig:
                   for name in ("draft_gate", "routing_threshold", "forced_acceptance", "forced_lifts")]
         for name, ok, must in (("temperature", 0 <= self.temperature < float("inf"), "be 0 or more"),
                                ("top_k", self.top_k >= 0, "be 0 or more"), ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
-                               ("num_samples", 1 <= self.num_samples <= 10 ** 6, "be from 1 to 1,000,000"), ("bench_repeats", self.bench_repeats >= 1, "be at least 1"),
-                               ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "be at least 1"), ("seed", self.seed >= 0, "be 0 or more"), *shares):
+                               ("num_samples", 1 <= self.num_samples <= 10 ** 6, "be from 1 to 1,000,000"),
+                               ("bench_repeats", self.bench_repeats >= 1, "be at least 1"),
+                               ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "be at least 1"),
+                               ("seed", self.seed >= 0, "be 0 or more"), *shares):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
         for name in ("preset", "forced_acceptance", "forced_lifts"):
@@ -980,7 +996,8 @@ def main(argv=None):
     prompts = [clean_text(config.prompt)] if config.prompt_file is None else read_prompts(config.prompt_file)       # argv may not be UTF-8
     if config.preset:
         from bench import random_model
-        model, record, metrics, tokenizer = random_model(config.preset, device, dtype, config.seed), {}, {}, Tokenizer.load(vocab_size=PRESETS[config.preset].vocab_size)
+        model, record, metrics = random_model(config.preset, device, dtype, config.seed), {}, {}
+        tokenizer = Tokenizer.load(vocab_size=model.config.vocab_size)
     else:
         path = resolve_checkpoint(path)
         model, record, _ = load_checkpoint(path, device, dtype)
