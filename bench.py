@@ -1,22 +1,305 @@
 """
-Benchmarks: how fast decoding is in every mode.
+Benchmarks: what a training step costs, and how fast decoding is.
 
-    python sample.py runs/tiny --bench                          # a trained checkpoint, in every mode that it has what it needs for
-    python sample.py --bench --preset 3b --forced-acceptance 0.985 --forced-lifts 0.05      # random weights: speed alone
+    python bench.py --preset 3b                                 # forward + backward of every variant side by side, then the optimizers
+    NANOCHAT_DIR=../nanochat python bench.py --preset 3b        # nanochat's model and optimizer at the same shape beside them
+    python bench.py --preset 3b --largest --variants poe,bp     # the largest micro-batch that fits
+    python sample.py runs/tiny --bench                          # decoding: a trained checkpoint, in every mode that it has what it needs for
+    python sample.py --bench --preset 3b --forced-acceptance 0.985 --forced-lifts 0.05      # decoding: random weights, speed alone
 
 Variants are interleaved in one process, round by round, and told as medians with their spread; ratios compare times of the same round.
-Nothing here decides a test.
+The last line is JSON. Nothing here decides a test. (This is the one file beside its test that imports train.py: it measures that
+file's own optimizer groups.)
+
+Variants of training share one set of weights. poe: model.backward_by_stage. bp: one loss at the top. Then poe without one idea each:
+two-matmuls (W x + W_k x instead of the merged head), whole-logits (the loss by autograd, all logits at once), one-backward (all stages'
+activations are kept); naive is all three; stage-major runs each stage over all micro-batches before the next begins.
 """
+import gc
 import json
 import math
+import os
 import statistics
 import sys
-from dataclasses import replace
+import time
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
-from model import PRESETS, PoE, stage_bytes
+import model as model_file
+from flags import flag, parse_flags, run
+from model import PRESETS, ModelConfig, PoE, attention_backends, choose_device, flops_per_token, head_cross_entropy, norm, softcap, stage_bytes
+from muon import MuonAdamW
 from sample import Engine, Plan, check_room, decode_timed, make_plan
+from train import RECIPES, optimizer_groups
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+NOMINAL_FLOPS = 989e12          # bf16 of an H100 or H200 SXM, dense, by its data sheet
+VARIANTS = ("poe", "bp", "naive", "two-matmuls", "whole-logits", "one-backward", "stage-major")
+
+
+def head_gradient(model, k, normed, targets, scale, merged, chunked):
+    """(loss, d loss / d normed) of stage k; adds the heads' gradients. normed: (B, T, C), detached from the trunk."""
+    own, shared = model.lm_head_stages[k], model.lm_head
+    x, targets = normed.flatten(0, 1), targets.flatten()
+    if merged and chunked:
+        with torch.no_grad():
+            loss, grad = head_cross_entropy(x, model.head_weight(k), targets, own.weight.grad, scale, model.chunk_loss)
+        return loss, grad.view_as(normed)
+    step = max(1, model_file.LOSS_CHUNK_LOGITS[x.device.type] // shared.weight.size(0)) if chunked else len(x)
+    total, grads = 0.0, []
+    for i in range(0, len(x), step):
+        with torch.enable_grad():
+            part = x[i:i + step].detach().requires_grad_()
+            logits = F.linear(part, model.head_weight(k)) if merged else shared(part) + own(part)
+            loss = F.cross_entropy(softcap(logits), targets[i:i + step], reduction="sum") * scale
+        loss.backward()
+        total, grads = total + loss.detach(), grads + [part.grad]
+    return total, torch.cat(grads).view_as(normed)
+
+
+def trial_step(model, batches, scale, merged=True, chunked=True, per_stage=True, stage_major=False):
+    """Forward and backward of a step's micro-batches, as `PoE.backward_by_stage` but for what is switched off; the losses by stage.
+
+    stage_major: keep x_k and x0 of every micro-batch, (n_micro, B, T, C) each, and run a stage over all of them.
+    """
+    losses, K = [0.0] * model.config.n_stage, model.config.n_stage
+    for head in (*model.lm_head_stages, model.lm_head):
+        if head.weight.grad is None:
+            head.weight.grad = torch.zeros_like(head.weight)
+
+    def one(k, x, x0, idx, targets):
+        x = model.stage(k, x, x0, idx)
+        normed = norm(x)
+        loss, grad = head_gradient(model, k, normed.detach(), targets, scale, merged, chunked)
+        losses[k] += loss
+        if per_stage:
+            normed.backward(grad)
+        return x.detach(), (normed, grad)
+    if stage_major:
+        state = [(x0, x0) for x0 in (model.embed(idx) for idx, _ in batches)]
+        for k in range(K):
+            state = [(one(k, x, x0, idx, targets)[0], x0.detach()) for (x, x0), (idx, targets) in zip(state, batches)]
+    else:
+        for idx, targets in batches:
+            x = x0 = model.embed(idx)
+            kept = []
+            for k in range(K):
+                x, pair = one(k, x, x0, idx, targets)
+                x0 = x0.detach()
+                kept += [] if per_stage else [pair]
+            if kept:
+                torch.autograd.backward([normed for normed, _ in kept], [grad for _, grad in kept])
+    if merged and chunked:
+        for head in model.lm_head_stages:
+            model.lm_head.weight.grad += head.weight.grad
+    return losses
+
+
+def real_step(model, batches, scale):
+    """The same by the model's own `backward_by_stage`."""
+    losses = [0.0] * model.config.n_stage
+    for number, (idx, targets) in enumerate(batches):
+        for k, loss in model.backward_by_stage(idx, targets, scale, number == len(batches) - 1):
+            losses[k] += loss
+    return losses
+
+
+def backprop_twin(model):
+    """The model trained by one loss at the top, around the same weights."""
+    config = model.config
+    with torch.device("meta"):
+        twin = PoE(ModelConfig(**{**asdict(config), "objective": "bp", "stage_layers": (config.n_layer,)}), model.compute_dtype)
+    twin.wte, twin.blocks, twin.lm_head, twin.cos, twin.sin, twin.chunk_loss = model.wte, model.blocks, model.lm_head, model.cos, model.sin, model.chunk_loss
+    return twin
+
+
+def nanochat_model(folder, config, device, compile):
+    """(model, optimizer, FLOPs per token) of a nanochat checkout at this shape: full windows, n_kv_head and MLP width as ours, PyTorch's attention.
+
+    Its smear, backout, value embeddings and scalars stay as they are; it casts its weights at every forward and holds all logits.
+    """
+    sys.path.insert(0, folder)
+    try:
+        from nanochat import flash_attention, gpt
+    except ImportError as e:
+        raise ValueError(f"NANOCHAT_DIR {folder} cannot be imported ({e}); point it at a checkout of nanochat") from None
+    flash_attention._override_impl = "sdpa"
+    flash_attention.USE_FA3 = False
+    shape = {name: getattr(config, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
+    with torch.device("meta"):
+        model = gpt.GPT(gpt.GPTConfig(**shape, window_pattern="L"))
+        for block in model.transformer.h:                                   # its width is 4 n_embd
+            block.mlp.c_fc = gpt.Linear(config.n_embd, config.mlp_hidden, bias=False)
+            block.mlp.c_proj = gpt.Linear(config.mlp_hidden, config.n_embd, bias=False)
+    model.to_empty(device=device)
+    model.init_weights()
+    compiled = torch.compile(model, dynamic=False) if compile else model
+    return compiled, model.setup_optimizer(), model.estimate_flops()
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    preset: str = flag("3b", "shape of the model", choices=tuple(PRESETS))
+    variants: str = flag(",".join(VARIANTS), "which ones, in this order; nanochat joins where NANOCHAT_DIR is set")
+    total_batch_tokens: int = flag(65536, "tokens of an optimizer step")
+    device_batch_size: int = flag(4, "sequences in a forward and backward pass")
+    bench_repeats: int = flag(5, "timed rounds")
+    largest: bool = flag(False, "also look for the largest micro-batch that fits, in sequences")
+    optimizer: bool = flag(True, "also time the optimizers, one after the other")
+    seed: int = flag(0, "of weights and tokens")
+    device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    dtype: str = flag(None, "compute dtype (default: bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
+    compile: bool = flag(None, "compile (default: on cuda)")
+
+    def __post_init__(self):
+        unknown = set(self.variants.split(",")) - set(VARIANTS)
+        if unknown:
+            raise ValueError(f"--variants {self.variants} has {sorted(unknown)[0]!r}; choose from {', '.join(VARIANTS)}")
+        for name in ("device_batch_size", "bench_repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        tokens = self.device_batch_size * PRESETS[self.preset].sequence_len
+        if self.total_batch_tokens < tokens or self.total_batch_tokens % tokens:
+            raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
+                             f"(--device-batch-size {self.device_batch_size} x {PRESETS[self.preset].sequence_len})")
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product here and now."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    times = []
+    for _ in range(12):
+        start = clock(device)
+        a @ b
+        times.append(clock(device) - start)
+    return 2 * n ** 3 / statistics.median(times)
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def largest_batch(measure, clear):
+    """The most sequences with which `measure(n)` does not run out of memory: doubling, then bisecting."""
+    good, bad = 0, None
+    while bad is None or bad - good > 1:
+        n = max(1, good * 2) if bad is None else (good + bad) // 2
+        clear()
+        try:
+            measure(n)
+            good = n
+        except torch.OutOfMemoryError:
+            bad = n
+    clear()
+    return good
+
+
+def bench_training(config):
+    """Forward + backward of each variant interleaved, then optimizers: a JSON-ready dict."""
+    device, dtype = choose_device(config.device, config.dtype)
+    on_cuda, shape = device.type == "cuda", PRESETS[config.preset]
+    compile = on_cuda if config.compile is None else config.compile
+    torch.manual_seed(config.seed)
+    with torch.device(device):
+        model = PoE(shape, dtype)
+    model.init_weights(config.seed)
+    if compile:
+        model.compile_regions()
+    twin = backprop_twin(model)
+    steps = {"poe": (model, real_step, {}), "bp": (twin, real_step, {}),
+             "naive": (model, trial_step, dict(merged=False, chunked=False, per_stage=False)), "two-matmuls": (model, trial_step, dict(merged=False)),
+             "whole-logits": (model, trial_step, dict(chunked=False)), "one-backward": (model, trial_step, dict(per_stage=False)),
+             "stage-major": (model, trial_step, dict(stage_major=True))}
+    steps = {name: steps[name] for name in config.variants.split(",")}
+    flops = {name: flops_per_token(m.config) for name, (m, _, _) in steps.items()}
+    if folder := os.environ.get("NANOCHAT_DIR"):
+        nanochat, nanochat_optimizer, flops["nanochat"] = nanochat_model(folder, shape, device, compile)
+
+        def nanochat_step(m, batches, scale):
+            for idx, targets in batches:
+                (m(idx, targets) / len(batches)).backward()
+        steps["nanochat"] = (nanochat, nanochat_step, {})
+    draw = torch.Generator().manual_seed(config.seed)
+
+    def batches(rows, tokens):
+        data = torch.randint(shape.vocab_size, (tokens // (rows * shape.sequence_len), rows, shape.sequence_len + 1), generator=draw).to(device)
+        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data]
+
+    def clear():
+        for m, _, _ in steps.values():
+            m.zero_grad(set_to_none=True)
+        gc.collect()
+        if on_cuda:
+            torch.cuda.empty_cache()
+
+    def measure(name, data):
+        """(seconds, activation bytes, peak bytes) of one step; gradients are there before it and do not count as activations."""
+        m, step, switches = steps[name]
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = clock(device)
+        step(m, data, 1 / config.total_batch_tokens, **switches)
+        seconds = clock(device) - start
+        return seconds, *((torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated()) if on_cuda else (None, None))
+    rows, data = {name: SimpleNamespace(times=[]) for name in steps}, batches(config.device_batch_size, config.total_batch_tokens)
+    for number in range(config.bench_repeats + 1):
+        for name in steps:
+            clear()
+            warm = clock(device)
+            measure(name, data[:1])                                         # gradients exist, kernels are compiled
+            if number == 0:
+                rows[name].compile_seconds = clock(device) - warm
+            seconds, rows[name].activation_bytes, rows[name].peak_bytes = measure(name, data)
+            rows[name].times += [seconds] if number else []
+    clear()
+    for name in rows if config.largest and on_cuda else ():
+        rows[name].largest = largest_batch(lambda n: measure(name, batches(n, n * shape.sequence_len)), clear)
+    for name in rows if config.optimizer else ():
+        if name not in ("poe", "bp", "nanochat"):
+            continue
+        m, _, _ = steps[name]
+        clear()
+        measure(name, data[:1])
+        if name == "nanochat":
+            optimizer = nanochat_optimizer
+        else:
+            optimizer = MuonAdamW(optimizer_groups(m, RECIPES[config.preset]))
+        times = []
+        for _ in range(config.bench_repeats + 2):
+            for p in m.parameters():
+                p.grad = torch.full_like(p, 1e-3)
+            start = clock(device)
+            optimizer.step()
+            times.append(clock(device) - start)
+        rows[name].optimizer_seconds = statistics.median(times[2:])         # the first ones compile and make the state
+        del optimizer
+    ceiling, tokens, out = matmul_rate(device, dtype), config.total_batch_tokens, []
+    for name, row in rows.items():
+        seconds = statistics.median(row.times)
+        whole = seconds + getattr(row, "optimizer_seconds", math.nan)
+        out.append({"name": name, "fwdbwd_ms": 1e3 * seconds, "fwdbwd_ms_min": 1e3 * min(row.times), "fwdbwd_ms_max": 1e3 * max(row.times),
+                    "of_bp": statistics.median(a / b for a, b in zip(row.times, rows["bp"].times)) if "bp" in rows else None,
+                    "optimizer_ms": 1e3 * row.optimizer_seconds if hasattr(row, "optimizer_seconds") else None,
+                    "tokens_per_s": tokens / seconds, "tokens_per_s_with_optimizer": None if math.isnan(whole) else tokens / whole,
+                    "gflops_per_token": flops[name] / 1e9, "gflops_per_token_causal": (flops[name] - 6 * shape.n_embd * shape.sequence_len * shape.n_layer) / 1e9,
+                    "mfu_nominal": flops[name] * tokens / seconds / NOMINAL_FLOPS if on_cuda else None,
+                    "mfu_nominal_with_optimizer": None if math.isnan(whole) or not on_cuda else flops[name] * tokens / whole / NOMINAL_FLOPS,
+                    "mfu_matmul": flops[name] * tokens / seconds / ceiling, "activation_bytes": row.activation_bytes, "peak_bytes": row.peak_bytes,
+                    "largest_micro_batch": getattr(row, "largest", None), "first_step_s": row.compile_seconds})
+    return {"preset": config.preset, "device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
+            "compile": compile, "total_batch_tokens": tokens, "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
+            "matmul_flops_per_s": ceiling, "nominal_flops_per_s": NOMINAL_FLOPS if on_cuda else None, "variants": out}
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Decoding: sample.py --bench
@@ -180,3 +463,32 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {len(prompts)} prompts, {config.max_new_tokens} tokens each, {config.bench_repeats} rounds")
     print(bench_table(result, {name: value for name, value in known.items() if value is not None}))
     print(json.dumps(result))
+
+
+def training_table(result):
+    """The benchmark of training as a table for people."""
+    def cell(value, form, unit=""):
+        return "" if value is None else format(value, form) + unit
+    lines = ["| variant | forward + backward | min to max | of bp | optimizer | tokens/s | with optimizer | MFU | with optimizer | of matmul | activations "
+             "| peak | largest micro-batch |", "| --- |" + " ---: |" * 12]
+    for row in result["variants"]:
+        cells = (row["name"], cell(row["fwdbwd_ms"], ".1f", " ms"), f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}", cell(row["of_bp"], ".3f"),
+                 cell(row["optimizer_ms"], ".1f", " ms"), cell(row["tokens_per_s"], ",.0f"), cell(row["tokens_per_s_with_optimizer"], ",.0f"),
+                 cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"), cell(row["mfu_matmul"], ".1%"),
+                 *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")), cell(row["largest_micro_batch"], "d"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    config = BenchConfig(**parse_flags(BenchConfig, __doc__, argv))
+    with attention_backends(choose_device(config.device, config.dtype)[0]):
+        result = bench_training(config)
+    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {config.preset}, {config.total_batch_tokens:,} tokens a step in micro-batches of "
+          f"{config.device_batch_size} sequences; {config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s")
+    print(training_table(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -149,10 +149,11 @@ class Ranks:
             error = e
         errors = self.gather(error and str(error))
         failed = [rank for rank, message in enumerate(errors) if message is not None]
+        if failed:
+            self.close()                                                    # all end
         if failed and self.rank == 0:
             raise ValueError(errors[failed[0]] + (f" ({self.names[failed[0]]})" if len(failed) < self.world_size else "")) from error
         if failed:
-            self.close()
             sys.exit(2)
 
     @contextlib.contextmanager
@@ -161,9 +162,9 @@ class Ranks:
         try:
             yield
         except (ValueError, OSError):
+            self.close()
             if self.rank == 0:
                 raise
-            self.close()
             sys.exit(2)
 
     def _beat(self, beat):
@@ -231,8 +232,6 @@ def run(main):
         sys.exit(0)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        if Ranks.current:
-            Ranks.current.close()
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):

@@ -579,7 +579,7 @@ def test_metrics_of_another_format_are_named_and_the_others_reported(tmp_path, c
 # ---------------------------------------------------------------------------------------------------------------
 # The script on real checkpoints
 
-ARGUMENTS = ["--split-tokens", "640", "--wand-tokens", "160", "--device", "cpu", "--dtype", "float64"]
+ARGUMENTS = ["--split-tokens", "640", "--wand-tokens", "160", "--device", "cpu", "--dtype", "float64", "--speculative-prompts", "0"]
 
 
 @pytest.fixture

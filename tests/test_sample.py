@@ -89,16 +89,16 @@ def test_a_context_that_would_overflow_says_what_is_left(length, new, words):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, seed=5), Sampling(1.3, 9, 0.8, seed=6)])
 def test_speculation_writes_the_very_tokens_of_plain_decoding(sampling):
     model = small()
-    plain = decode(Engine(model, FULL, sampling=sampling), PROMPT, 44)
+    plain = decode(Engine(model, FULL, sampling=sampling), PROMPT, 36)
     accepted = []
-    for plan in [Plan(range(3), m) for m in (1, 2, 4, 8, 16, 31)] + [Plan(range(3), 8, gate) for gate in (0.1, 1.0)]:
+    for plan in [Plan(range(3), m) for m in (1, 2, 4, 8, 16)] + [Plan(range(3), 8, gate) for gate in (0.1, 1.0)]:
         engine = Engine(model, plan, sampling=sampling)
-        tokens = decode(engine, PROMPT, 44)
+        tokens = decode(engine, PROMPT, 36)
         assert ids(tokens) == ids(plain), plan
         assert [t.log_prob for t in tokens] == [t.log_prob for t in plain]
         accepted.append(sum(t.stage == 0 for t in tokens))
-    assert min(accepted[:6]) > 5 and max(accepted[:6]) < 44     # some drafts were right, some were not
-    assert accepted[7] < 5                                      # at gate 1.0 stage 0 is hardly ever sure
+    assert min(accepted[:5]) > 4 and max(accepted[:5]) < 36     # some drafts were right, some were not
+    assert accepted[6] < 5                                      # at gate 1.0 stage 0 is hardly ever sure
 
 
 @pytest.mark.parametrize("draft_len", [1, 4, 16])

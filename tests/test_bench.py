@@ -1,0 +1,47 @@
+"""
+bench.py: what it times are true twins: every variant's losses and gradients are those of `PoE.backward_by_stage`.
+
+Run: python -m pytest tests/test_bench.py
+"""
+import json
+
+import pytest
+import torch
+
+import bench
+from test_model import make, tokens
+
+
+@pytest.mark.parametrize("switches", [dict(), dict(merged=False), dict(chunked=False), dict(per_stage=False), dict(stage_major=True),
+                                      dict(merged=False, chunked=False, per_stage=False)])
+def test_every_variant_has_the_gradients_of_the_real_step(switches, monkeypatch):
+    monkeypatch.setitem(bench.model_file.LOSS_CHUNK_LOGITS, "cpu", 7 * 23)
+    idx, targets = tokens()
+    batches = [(idx[i:i + 1], targets[i:i + 1]) for i in range(3)]
+    ours, trial = make(), make()
+    expected = bench.real_step(ours, batches, 1 / targets.numel())
+    losses = bench.trial_step(trial, batches, 1 / targets.numel(), **switches)
+    assert [float(x) for x in losses] == pytest.approx([float(x) for x in expected], rel=1e-12)
+    theirs = dict(trial.named_parameters())
+    for name, p in ours.named_parameters():
+        assert torch.allclose(theirs[name].grad, p.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_the_backprop_twin_is_a_backprop_model_of_the_same_weights():
+    model = make()
+    twin, (idx, targets) = bench.backprop_twin(model), tokens()
+    loss, = bench.real_step(twin, [(idx, targets)], 1 / targets.numel())
+    logits = torch.nn.functional.linear(bench.norm(list(model.boundaries(idx))[-1]), model.lm_head.weight)
+    expected = torch.nn.functional.cross_entropy(bench.softcap(logits).flatten(0, 1), targets.flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and twin.blocks[0] is model.blocks[0]
+
+
+def test_the_script_times_every_variant_and_refuses_odd_ones(capsys, refused):
+    argv = ["--preset", "tiny", "--total-batch-tokens", "256", "--device-batch-size", "1", "--bench-repeats", "1", "--device", "cpu"]
+    bench.main([*argv, "--variants", "poe,bp,stage-major"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = {row["name"]: row for row in json.loads(last)["variants"]}
+    assert list(rows) == ["poe", "bp", "stage-major"] and sum(line.startswith("| ") for line in lines) == 5
+    assert rows["poe"]["of_bp"] > 0 and rows["bp"]["of_bp"] == 1.0 and rows["poe"]["optimizer_ms"] > 0 and rows["stage-major"]["optimizer_ms"] is None
+    assert "turbo" in refused(bench.main, *argv, "--variants", "poe,turbo")
+    assert "--total-batch-tokens 100" in refused(bench.main, *argv[:2], "--total-batch-tokens", "100")
