@@ -992,9 +992,10 @@ def report(name, rows, phases, record, reading):
     measured_on = "." if not settings.get("slice_sha256") else f" on {settings['split_tokens']:,} tokens of validation text (sha256 " \
         f"{settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} calibrate bounds and thresholds."
     lines = [f"# Trajectory of {name}",
-             f"{len(rows)} checkpoints, {step_name(rows[0]['step'])} to {step_name(rows[-1]['step'])}, {K} stage{'s'[:K > 1]}, measured by "
+             f"{len(rows)} checkpoint{'s'[:len(rows) > 1]}, {step_name(rows[0]['step'])} to {step_name(rows[-1]['step'])}, {K} stage{'s'[:K > 1]}, measured by "
              f"`python evaluate.py`{measured_on}",
-             f"Below each table: the change of each figure against the previous row / against {seed}. " + (
+             f"Below a table: the change of each figure against the previous row / against {seed}; then its reading, in which envelopes, records, rises "
+             f"and drops are of the rows after the phase's warmup. " + (
                  "≈ marks a change within two standard errors: noise. Those of bpb are paired by document." if reading["noise_known"] else
                  "No standard error is given in these measurements, so none of the changes can be told from noise."),
              "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",

@@ -97,7 +97,8 @@ def choose(log_probs, temperature, top_k, top_p, seed, rows, positions):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1.0:
         ordered, order = F.softmax(scores, dim=-1).sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= top_p                      # the probability before it is enough already
+        same = F.pad(ordered, (0, 0, 0, max(0, SLOTS - len(ordered))))          # a GPU's order of summation may depend on how many rows there are
+        beyond = same.cumsum(dim=-1)[:len(ordered)] - ordered >= top_p          # the probability before it is enough already
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return (scores.double() + gumbel_noise(seed, rows, positions, scores.size(-1))).argmax(dim=-1)
 
@@ -599,7 +600,9 @@ class Engine:
         positions, tokens = self.judge_all(n)
         taken = torch.ones_like(positions[:1])
         if n > 1:
-            agree = tokens[:-1] == self.tokens[0, positions[1:]] if self.plan.forced_acceptance is None else self.chances[positions[1:]] < self.plan.forced_acceptance
+            agree = tokens[:-1] == self.tokens[0, positions[1:]]
+            if self.plan.forced_acceptance is not None:
+                agree = self.chances[positions[1:]] < self.plan.forced_acceptance
             taken = taken + agree.long().cumprod(0).sum()
         self.tokens[self.batch[:, 0], positions + 1] = tokens
         self.cursors[1:] = (positions[:1] if self.n_rows == 1 else positions) + taken
