@@ -46,7 +46,6 @@ from flags import Ranks, flag, check_types, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters,
                    flops_per_token, load_tensors, read_json, parameter_group, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
-from sample import Plan, Sampling, complete
 from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
@@ -784,6 +783,7 @@ def main(argv=None):
 def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, flops, started):
     """Print what a finished run has learnt: a few samples, its bpb beside that of compressors, and a JSON object as the last line."""
     device = model.cos.device
+    from sample import Plan, Sampling, complete                             # which imports Triton: the other ranks need neither
     with torch.compiler.set_stance("force_eager"), attention_backends(device):
         for number, prompt in enumerate(SAMPLE_PROMPTS):
             room = config.sequence_len + 1 - len(tokenizer.encode(prompt))  # none in a very short context

@@ -366,13 +366,13 @@ MINUTE = [*SMALL, "--n-layer", "1", "--n-embd", "4", "--n-head", "1", "--mlp-hid
           "--total-batch-tokens", "16", "--device-batch-size", "1", "--eval-tokens", "16", "--save-every", "-1"]      # the loop, and little else
 
 
-def test_a_run_killed_at_any_file_operation_ends_bit_identical(data, tmp_path):
+def test_a_run_killed_at_file_operations_ends_bit_identical(data, tmp_path):
     train.main([*MINUTE, "--data", str(data), "--out", str(tmp_path / "parent"), "--num-steps", "3", "--warmup-steps", "1"])
     argv = ["--continue-from", str(tmp_path / "parent" / "step-00003"), "--num-steps", "1", "--warmup-steps", "0"]
-    whole, number = tmp_path / "whole", 0
+    whole, number = tmp_path / "whole", -1
     train.main([*argv, "--out", str(whole)])
-    while True:                                                             # the seed is put in place, then a save
-        run, number = tmp_path / str(number), number + 1
+    while True:                                                             # the seed is put in place, then a save; every second operation
+        run, number = tmp_path / str(number), number + 2
         if not killed_at([*argv, "--out", str(run)], number):
             break
         for path in checkpoint_steps(run):
