@@ -345,9 +345,9 @@ def bench_plans(model_config, config, bounds, metrics):
                 plans[name] = make_plan(model_config, mode, wand_margin=margin, bounds=bounds, metrics=metrics)
             except ValueError as e:
                 print(f"not measured: {e}", file=sys.stderr)
-        plans |= {f"curve: margin {t:g}": Plan(range(K), exits=(t,) * (K - 1)) for t in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}
+        plans |= {f"curve: margin {t:g}": Plan(range(K), exits=(t,) * (K - 1)) for t in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)}
         plans |= {f"curve: top-1 {t:g}": Plan(range(K), exits=(t, *[math.inf] * (K - 2)), score="probability")
-                  for t in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)}
+                  for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)}
     return plans
 
 

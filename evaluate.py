@@ -560,15 +560,24 @@ def write_bounds(path, bounds):
 
 def whole(metrics):
     """Whether this is what `evaluate_checkpoint` writes: its figures are numbers, in lists as long as the model has stages."""
-    K = len(get(metrics, ("bpb", "single")) or ()) if isinstance(get(metrics, ("bpb", "single")), list) else 0
-    figures = [metrics.get("step"), *(get(metrics, path) for path in (("bpb", "full"), ("accuracy", "full"), ("crossover_gap",)))]
-    for path, n in ((("bpb", "single"), K), (("bpb", "prefix"), K), (("accuracy", "single"), K)):
-        found = get(metrics, path)
-        figures += found if isinstance(found, list) and len(found) == n else [None]
-    figures += list(metrics["alpha_sweep"].values()) if isinstance(metrics.get("alpha_sweep"), dict) else [None]
-    return (metrics.get("format") == FORMAT and K > 0 and all(isinstance(x, (int, float)) for x in figures)
-            and all(isinstance(metrics.get(name), (dict, type(None))) for name in ("wand", "routing", "speculative", "facts", "phase", "blocks"))
-            and isinstance(metrics.get("samples"), (list, type(None))))
+    def figures(value):
+        if isinstance(value, dict):
+            return all(map(figures, value.values()))
+        return all(figures(v) and not isinstance(v, list) for v in value) if isinstance(value, list) else isinstance(value, (int, float, type(None)))
+
+    def texts(value):
+        return isinstance(value, str) or (isinstance(value, (list, dict)) and all(map(texts, value.values() if isinstance(value, dict) else value)))
+    single = get(metrics, ("bpb", "single"))
+    K = len(single) if isinstance(single, list) else 0
+    numbers = [metrics.get("step"), *(get(metrics, path) for path in (("bpb", "full"), ("accuracy", "full"), ("crossover_gap",)))]
+    lists = [get(metrics, path) for path in (("bpb", "single"), ("bpb", "prefix"), ("accuracy", "single"))]
+    return (metrics.get("format") == FORMAT and K > 0 and all(isinstance(x, (int, float)) for x in numbers)
+            and all(isinstance(found, list) and len(found) == K and None not in found for found in lists)
+            and all(isinstance(metrics.get(name), dict) for name in ("bpb", "accuracy", "alpha_sweep"))
+            and all(isinstance(metrics.get(name), (dict, type(None))) and figures(metrics.get(name))
+                    for name in ("bpb", "accuracy", "alpha_sweep", "wand", "routing", "speculative", "facts", "train_log_bpb"))
+            and (metrics.get("blocks") is None or (isinstance(metrics["blocks"], dict) and texts(metrics["blocks"])))
+            and isinstance(metrics.get("samples"), (list, type(None))) and isinstance(metrics.get("phase"), (dict, type(None))))
 
 
 def read_metrics(path):

@@ -93,7 +93,8 @@ class Ranks:
         self._beat("0")
         self.gather(None)
         self.closed = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
         Ranks.current = self
 
     def _meet(self, store):
@@ -194,9 +195,14 @@ class Ranks:
                       f"(--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
                 os._exit(1)
 
+    def stop_watching(self):
+        """End the watching thread: one that Python's end finds inside a call of the store would abort the process."""
+        self.closed.set()
+        self.watcher.join(timeout=5 * BEAT)
+
     def dead(self):
         """The names of the ranks that are silent for seconds, after a collective has failed. Rank 0, which may keep the store, listens longest."""
-        self.closed.set()
+        self.stop_watching()
         silent, end = self._silences(), time.monotonic() + (5 if self.rank else 7) * BEAT
         with contextlib.suppress(RuntimeError):                             # the store is gone: what was heard until then must do
             while time.monotonic() < end:
@@ -209,7 +215,7 @@ class Ranks:
     def close(self):
         """Leave: the others no longer wait to hear of this rank."""
         if self.world_size > 1:
-            self.closed.set()
+            self.stop_watching()
             with contextlib.suppress(RuntimeError):                         # where rank 0 keeps the store, it may be gone already
                 self._beat("end")
             self.distributed.destroy_process_group()
@@ -232,6 +238,8 @@ def run(main):
         sys.exit(0)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if Ranks.current:
+            Ranks.current.stop_watching()
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
