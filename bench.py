@@ -32,7 +32,7 @@ import model as model_file
 from flags import flag, parse_flags, run
 from model import PRESETS, ModelConfig, PoE, attention_backends, choose_device, flops_per_token, head_cross_entropy, norm, softcap, stage_bytes
 from muon import MuonAdamW
-from sample import Engine, Plan, check_room, decode_timed, make_plan
+from sample import Engine, Plan, check_room, decode_timed, make_plan, measured
 from train import RECIPES, optimizer_groups
 
 
@@ -452,9 +452,8 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
     for ids in encoded:
         check_room(model.config, ids, config.max_new_tokens)
     result = {"checkpoint": checkpoint and str(checkpoint), "random_weights": config.preset} | bench(model, encoded, config, plans)
-    bpb = metrics.get("bpb") or {}
-    known = {"full": bpb.get("full"), "s0 alone": bpb.get("single", [None])[0]}
-    known |= {f"prefix {n + 1}": value for n, value in enumerate(bpb.get("prefix", []))}
+    known = {"full": measured(metrics, "bpb", "full"), "s0 alone": (measured(metrics, "bpb", "single") or [None])[0]}
+    known |= {f"prefix {n + 1}": value for n, value in enumerate(measured(metrics, "bpb", "prefix") or [])}
     if config.preset:
         print(f"random weights in the shape of {config.preset}: speed alone")
     for name, value in (("acceptance", config.forced_acceptance), ("share of lifts", config.forced_lifts)):
@@ -462,6 +461,9 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
             print(f"the {name} is forced to {value:g}: what is generated means nothing")
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {len(prompts)} prompts, {config.max_new_tokens} tokens each, {config.bench_repeats} rounds")
     print(bench_table(result, {name: value for name, value in known.items() if value is not None}))
+    if result["peak_bytes"]:
+        print(f"compiling and capturing: {result['capture_s']:.1f} s in all; peak memory {result['peak_bytes'] / 2 ** 30:.2f} GiB; memory bandwidth "
+              f"{(result['nominal_bytes_per_s'] or 0) / 1e12:.2f} TB/s nominal, {result['copy_bytes_per_s'] / 1e12:.2f} by copying")
     print(json.dumps(result))
 
 
