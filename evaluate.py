@@ -46,6 +46,7 @@ N_BLOCKS = 128                  # blocks of documents that carry the standard er
 ALPHAS = (0.25, 0.5, 0.75, 1.0)                         # alpha = 0 is the full prefix
 MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form [SPEC 7.6]
 CURVE_SHARES = tuple(s / 20 for s in range(1, 21))      # shares of calibration positions that leave at s0: the routing curve
+LISTED = ("single", "prefix", "p99_bounds", "exceedance", "exit_fraction", "thresholds", "curve")      # lists in metrics.json, the rest are numbers
 SUMMED = ("nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha", "tokens", "bytes")      # columns of the whole slice
 CALIBRATING = ("range", "margin", "agree", "confidence", "regret", "tokens")            # columns kept of the calibration part
 DRAFT_LEN, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 256       # of the speculative table
@@ -560,13 +561,15 @@ def write_bounds(path, bounds):
 
 def whole(metrics):
     """Whether this is what `evaluate_checkpoint` writes: its figures are numbers, in lists as long as the model has stages."""
-    def figures(value):
+    def figures(value, key):
+        if isinstance(value, list):
+            return key.removesuffix("_stderr") in LISTED and all(figures(v, "" if key == "curve" else "of a list") for v in value)
         if isinstance(value, dict):
-            return all(map(figures, value.values()))
-        return all(figures(v) and not isinstance(v, list) for v in value) if isinstance(value, list) else isinstance(value, (int, float, type(None)))
+            return key in ("", "margin", "card_prompts") and all(figures(v, k) for k, v in value.items())
+        return value is None or (isinstance(value, (int, float)) and key.removesuffix("_stderr") not in LISTED)
 
     def texts(value):
-        return isinstance(value, str) or (isinstance(value, (list, dict)) and all(map(texts, value.values() if isinstance(value, dict) else value)))
+        return isinstance(value, str) or (isinstance(value, (list, dict)) and len(value) > 0 and all(map(texts, value.values() if isinstance(value, dict) else value)))
     single = get(metrics, ("bpb", "single"))
     K = len(single) if isinstance(single, list) else 0
     numbers = [metrics.get("step"), *(get(metrics, path) for path in (("bpb", "full"), ("accuracy", "full"), ("crossover_gap",)))]
@@ -574,7 +577,7 @@ def whole(metrics):
     return (metrics.get("format") == FORMAT and K > 0 and all(isinstance(x, (int, float)) for x in numbers)
             and all(isinstance(found, list) and len(found) == K and None not in found for found in lists)
             and all(isinstance(metrics.get(name), dict) for name in ("bpb", "accuracy", "alpha_sweep"))
-            and all(isinstance(metrics.get(name), (dict, type(None))) and figures(metrics.get(name))
+            and all(isinstance(metrics.get(name), (dict, type(None))) and figures(metrics.get(name), "")
                     for name in ("bpb", "accuracy", "alpha_sweep", "wand", "routing", "speculative", "facts", "train_log_bpb"))
             and (metrics.get("blocks") is None or (isinstance(metrics["blocks"], dict) and texts(metrics["blocks"])))
             and isinstance(metrics.get("samples"), (list, type(None))) and isinstance(metrics.get("phase"), (dict, type(None))))
