@@ -30,9 +30,9 @@ import torch.nn.functional as F
 
 import model as model_file
 from flags import flag, parse_flags, run
-from model import PRESETS, ModelConfig, PoE, attention_backends, choose_device, flops_per_token, head_cross_entropy, norm, softcap, stage_bytes
+from model import PRESETS, ModelConfig, PoE, attention_backends, choose_device, flops_per_token, get, head_cross_entropy, norm, softcap, stage_bytes
 from muon import MuonAdamW
-from sample import Engine, Plan, check_room, decode_timed, make_plan, measured
+from sample import Engine, Plan, check_room, decode_timed, make_plan
 from train import RECIPES, optimizer_groups
 
 
@@ -452,8 +452,8 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
     for ids in encoded:
         check_room(model.config, ids, config.max_new_tokens)
     result = {"checkpoint": checkpoint and str(checkpoint), "random_weights": config.preset} | bench(model, encoded, config, plans)
-    known = {"full": measured(metrics, "bpb", "full"), "s0 alone": (measured(metrics, "bpb", "single") or [None])[0]}
-    known |= {f"prefix {n + 1}": value for n, value in enumerate(measured(metrics, "bpb", "prefix") or [])}
+    known = {"full": get(metrics, ("bpb", "full")), "s0 alone": get(metrics, ("bpb", "single", 0))}
+    known |= {f"prefix {n}": get(metrics, ("bpb", "prefix", n - 1)) for n in range(1, model.config.n_stage)}
     if config.preset:
         print(f"random weights in the shape of {config.preset}: speed alone")
     for name, value in (("acceptance", config.forced_acceptance), ("share of lifts", config.forced_lifts)):

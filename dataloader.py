@@ -297,13 +297,19 @@ class Mix:
             window[rows] = permute(place[rows], int(self.windows[s]), key)
         return source, epoch, window
 
+    def window(self, source, window):
+        """Tokens of a window of the source of that number, uint16 (T + 1,). Raises ValueError where one is beyond the vocabulary."""
+        source = self.sources[source]
+        tokens = source.window(int(window), self.T)
+        if tokens.max() >= self.vocab_size:
+            raise ValueError(f"source {source.name} holds token {tokens.max()}, beyond the vocabulary of {self.vocab_size}: its shards are "
+                             f"damaged; run data/prepare.py tokenize again")
+        return tokens
+
     def batch(self, indices):
         """Read samples: (inputs, targets), int64 tensors (B, T); targets are inputs shifted by one."""
         source, _, window = self.locate(indices)
-        tokens = np.stack([self.sources[s].window(int(w), self.T) for s, w in zip(source, window)]).astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            raise ValueError(f"source {self.sources[source[tokens.max(axis=1).argmax()]].name} holds token {tokens.max()}, beyond the "
-                             f"vocabulary of {self.vocab_size}: its shards are damaged; run data/prepare.py tokenize again")
+        tokens = np.stack([self.window(s, w) for s, w in zip(source, window)]).astype(np.int64)
         import torch
         tokens = torch.from_numpy(tokens)                                   # (B, T + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

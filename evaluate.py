@@ -1,5 +1,5 @@
 """
-Measure checkpoints: every table of the model card from one pass of the trunk, for one checkpoint, a run or two runs.
+Measure checkpoints: every table of the model card, all but generated text from one pass of the trunk, for one checkpoint, a run or two.
 
     python evaluate.py runs/tiny/step-00400                     # one checkpoint
     python evaluate.py runs/tiny                                # every checkpoint of a run: TRAJECTORY.md and trajectory.png beside them
@@ -35,7 +35,8 @@ import torch.nn.functional as F
 
 from dataloader import VAL_SEED, open_data, validation_windows
 from flags import Ranks, flag, parse_flags, run
-from model import BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, load_checkpoint, norm, read_json, read_record, softcap, stage_bytes
+from model import (BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, get, load_checkpoint, norm, read_object, read_record, softcap,
+                   stage_bytes)
 from sample import Engine, Plan, complete, decode_timed, kernels_fit
 from schedule import Phase, learning_rate, phase_index, position
 
@@ -44,7 +45,7 @@ SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibra
 CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 26}        # (token, vocabulary) pairs of one array held at once: a CPU's cache; 128 MiB in bfloat16
 N_BLOCKS = 128                  # blocks of documents that carry the standard errors
 ALPHAS = (0.25, 0.5, 0.75, 1.0)                         # alpha = 0 is the full prefix
-MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form [SPEC 7.6]
+MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form
 CURVE_SHARES = tuple(s / 20 for s in range(1, 21))      # shares of calibration positions that leave at s0: the routing curve
 LISTED = ("single", "prefix", "p99_bounds", "exceedance", "exit_fraction", "thresholds", "curve")      # lists in metrics.json, the rest are numbers
 SUMMED = ("nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha", "tokens", "bytes")      # columns of the whole slice
@@ -210,7 +211,7 @@ def slice_text(mix, n_windows, tokenizer):
     """The slice's target text as bytes, in the order of the corpus, which is the kindest to a compressor, and its sha256."""
     source, _, window = mix.locate(np.arange(n_windows))
     order = np.lexsort((window, source))
-    text = b"".join(tokenizer.decode_bytes(mix.sources[source[i]].window(int(window[i]), mix.T)[1:].tolist()) for i in order)
+    text = b"".join(tokenizer.decode_bytes(mix.window(source[i], window[i])[1:].tolist()) for i in order)
     return text, hashlib.sha256(text).hexdigest()
 
 
@@ -224,7 +225,7 @@ def slice_documents(mix, n_windows, bos):
     begins = np.empty((n_windows, T), dtype=np.int64)                       # place of the document's bos in the source's stream
     for i in range(n_windows):
         stream, w = mix.sources[source[i]], int(window[i])
-        place = np.where(stream.window(w, T) == bos, w * T + np.arange(T + 1), -1)
+        place = np.where(mix.window(source[i], w) == bos, w * T + np.arange(T + 1), -1)
         earlier = w
         while place[0] < 0:
             earlier -= 1
@@ -245,7 +246,6 @@ class Slice:
 
     def __init__(self, mix, n_windows, n_calibration, tokenizer):
         self.mix, self.n_windows, self.n_calibration, self.tokenizer = mix, n_windows, n_calibration, tokenizer
-        mix.batch(np.arange(n_windows))                                     # a damaged shard is named here
         self.documents = slice_documents(mix, n_windows, tokenizer.bos)
         self.in_report = ~np.isin(self.documents, self.documents[:n_calibration])
         if not self.in_report.any():
@@ -265,7 +265,7 @@ def quantile_index(n, percent):
 def fit_threshold(score, cost, cap):
     """The smallest score threshold t for which the mean cost of the positions with score >= t is at most `cap`; inf where none is.
 
-    score, cost: float64 (n,). Equal scores stay together. The one rule behind routing and WAND's margin form (SPEC 7.6).
+    score, cost: float64 (n,). Equal scores stay together. The one rule behind routing and WAND's margin form.
     """
     order = np.argsort(-score, kind="stable")
     ordered, mean = score[order], np.cumsum(cost[order]) / np.arange(1, len(order) + 1)
@@ -447,10 +447,11 @@ def probe(model, tokenizer):
 
 def document_prompts(part, n_prompts, length):
     """The first `length` tokens, bos included, of the first documents of the report part that begin in a window and are as long there."""
-    prompts = []
+    prompts, (source, _, window) = [], part.mix.locate(np.arange(part.n_windows))
     for i in range(part.n_calibration, part.n_windows):
-        source, _, window = (int(a[0]) for a in part.mix.locate(np.array([i])))
-        tokens = part.mix.sources[source].window(window, part.mix.T)
+        if len(prompts) == n_prompts:
+            break
+        tokens = part.mix.window(source[i], window[i])
         begins = np.flatnonzero(tokens == part.tokenizer.bos)
         for begin, end in zip(begins, [*begins[1:], len(tokens)]):
             if end - begin >= length and begin < part.mix.T and part.in_report[i, begin] and len(prompts) < n_prompts:
@@ -502,14 +503,6 @@ def write_json(path, value):
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
-
-
-def read_object(path):
-    """The JSON object in a file; {} where there is no file or no object in it."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
 
 
 def read_log(path):
@@ -671,16 +664,6 @@ Column = namedtuple("Column", "header path decimals better unit")          # bet
 Table = namedtuple("Table", "title columns read")                          # read: the columns that the reading speaks of; None: no changes either
 
 
-def get(value, path):
-    """The value at a path of keys and indices, or None where it leads nowhere."""
-    for key in path:
-        try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
 def make_tables(rows):
     """The card's tables of numbers for rows with the same number of stages, in its order; then two for what its protocol lacks."""
     last, K = rows[-1], len(rows[0]["bpb"]["single"])
@@ -837,7 +820,7 @@ def series(column, rows, after_warmup):
 
 
 def read_trajectory(rows, phases):
-    """Everything that the report says of a run's rows, as JSON: computed by the rules of SPEC 7.9, nothing judged by eye.
+    """Everything that the report says of a run's rows, as JSON: computed by fixed rules, nothing judged by eye.
 
     The reference is the first row: the seed (rel 0) where the run continues another. Rows after the warmup of the last phase make
     envelopes and records; the first of them is the entry. rate and projection: the least-squares line through the last three of them,

@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SOFTCAP = 15.0          # logits are squashed into (-15, 15) [SPEC 1]
+SOFTCAP = 15.0          # logits are squashed into (-15, 15)
 QK_SCALE = 1.2 * 1.2    # sharper attention after QK-norm: 1.2 on each side, as in nanochat
 GATE_CHANNELS = 12      # the value-embedding gate reads the first 12 channels, as in nanochat
 ROPE_BASE = 100_000
@@ -130,7 +130,7 @@ def softcap(logits):
 
 
 def combine(sum_log_probs, n_experts, alpha=0.0):
-    """Combine experts: log p_alpha from the sum of their log-probabilities (SPEC 2).
+    """Combine experts: log p_alpha from the sum of their log-probabilities.
 
     sum_log_probs: float (..., V), nats, the sum over `n_experts` experts. alpha 0 is the geometric mean (the
     default everywhere), 0.5 the Bayesian square-root rule, 1 the pure sum (Log-OP).
@@ -633,6 +633,24 @@ def read_json(path):
         raise ValueError(f"{path} is not readable: {type(e).__name__}: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def read_object(path):
+    """The JSON object in a file; {} where there is no file or no object in it."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def get(value, path):
+    """The value at a path of keys and indices, or None where it leads nowhere."""
+    for key in path:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
     return value
 
 

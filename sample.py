@@ -38,8 +38,8 @@ import torch.nn.functional as F
 
 from dataloader import Tokenizer, clean_text
 from flags import flag, parse_flags, run
-from model import (BOUNDS_KEY, PRESETS, QK_SCALE, SOFTCAP, KVCache, attention_backends, choose_device, combine, load_checkpoint,
-                   resolve_checkpoint)
+from model import (BOUNDS_KEY, PRESETS, QK_SCALE, SOFTCAP, KVCache, attention_backends, choose_device, combine, get, load_checkpoint,
+                   read_object, resolve_checkpoint)
 
 try:
     import triton
@@ -84,14 +84,12 @@ def gumbel_noise(seed, rows, positions, vocab_size):
     return -torch.log(-torch.log(uniform))
 
 
-def choose(log_probs, temperature, top_k, top_p, seed, rows, positions):
-    """Choose the next token of each row: int64 (B,). log_probs: float32 (B, V), nats, of the distribution to sample from.
+def draw(log_probs, temperature, top_k, top_p, seed, rows, positions):
+    """Draw the next token of each row: int64 (B,). log_probs: float32 (B, V), nats, of the distribution to sample from.
 
-    temperature 0 is argmax. Otherwise top-k, then top-p (the smallest set whose probability reaches top_p) at that temperature.
+    temperature: above 0. Filters: top-k, then top-p (the smallest set whose probability reaches top_p) at that temperature.
     rows, positions: int64 (B,), of the tokens chosen: the noise's coordinates.
     """
-    if temperature == 0:
-        return log_probs.argmax(dim=-1)
     scores = (log_probs - log_probs.max(dim=-1, keepdim=True).values) / temperature     # the best at 0: no temperature is too small
     if 0 < top_k < scores.size(-1):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
@@ -106,7 +104,8 @@ def choose(log_probs, temperature, top_k, top_p, seed, rows, positions):
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels of a stage on CUDA, six a layer. Row r is position begin[b] + t of batch row b, with b, t = divmod(r, T), and is live while
 # that is before end[b]. Activations inside a stage lie by row; those at its boundaries, as the cache, by place: b * S + position.
-# Each kernel starts while the one before it still runs (programmatic dependent launch), asks for its first weights, then waits for it.
+# Each kernel starts while the one before it still runs (programmatic dependent launch) and waits for it; matrix products ask for their first
+# weights meanwhile.
 
 @jit
 def live_rows(begin, end, r, S, T: tl.constexpr):
@@ -318,14 +317,14 @@ def best_tokens(sums, positions, tokens, log_probs, margins, n_experts, V: tl.co
 
 
 def kernels_fit(model):
-    """Whether the kernels serve this model."""
+    """Whether the kernels serve this model. (On a CPU they run in Triton's interpreter alone, for their test.)"""
     config = model.config
     return (triton is not None and config.head_dim in (32, 64, 128) and config.n_embd % 64 == 0 and config.mlp_hidden % 64 == 0
             and (model.compute_dtype == torch.bfloat16 or model.cos.device.type == "cpu"))
 
 
 class StageKernels:
-    """The stages of a model as these kernels, over an engine's state: the fast twin of `Engine.run_layers`.
+    """The stages of a model as these kernels, over an engine's state: the fast twins of `run_layers`, `speak`, `advance` and `best` of `Engine`.
 
     Weights are rearranged once: q, k, v and the gate are rows of one matrix, of which the module's own become views.
     """
@@ -371,7 +370,7 @@ class StageKernels:
         return packed
 
     def multiply(self, k, x, weight, out, squares=None, residual=None, mix=None, out_parts=None, relu2=False, cap=0.0, x_placed=False, out_placed=False):
-        """Launch `skinny_matmul` for stage k. Tiles were chosen by measurement on an H100, at the shapes of `3b`."""
+        """Launch `skinny_matmul` for the rows of stage k."""
         engine, (N, K) = self.engine, weight.shape
         block_n, block_k, split, num_stages = self.tiles(N, K)
         skinny_matmul[(-(-N // block_n),)](
@@ -437,7 +436,7 @@ class StageKernels:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from log-probabilities; see `choose`."""
+    """How a token is chosen from log-probabilities: the best at temperature 0, else by `draw`."""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -500,8 +499,7 @@ class Engine:
     @torch.no_grad()
     def begin(self, prompts, noise_rows=None):
         """Start anew with one prompt per row (lists of ids that begin with bos): run every stage over all but the last token of each."""
-        if len(prompts) != self.n_rows:
-            raise ValueError(f"{len(prompts)} prompts for {self.n_rows} rows")
+        assert len(prompts) == self.n_rows, f"{len(prompts)} prompts for {self.n_rows} rows"
         self.noise_rows.copy_(torch.tensor(list(noise_rows or range(self.n_rows))))
         for row, prompt in enumerate(prompts):
             ids = torch.tensor([prompt], device=self.tokens.device)
@@ -518,9 +516,13 @@ class Engine:
 
     # -- steps: all that runs in a loop; static shapes, nothing asks the host -------------------------------------
 
+    def places(self, k):
+        """The next positions of stage k, int64 (B, T). Stage 0 never has more than one: without kernels it runs no unused rows."""
+        return self.cursors[k + 1][:, None] + torch.arange(1 if k == 0 else self.width, device=self.batch.device)
+
     def run_layers(self, k):
         """Run stage k over its next positions, from `stream[k]` to `stream[k + 1]`. Leaves the cursors."""
-        positions = self.cursors[k + 1][:, None] + torch.arange(1 if k == 0 else self.width, device=self.batch.device)      # (B, T)
+        positions = self.places(k)
         tokens = self.tokens[self.batch, positions]
         if k == 0:
             self.stream[0, self.batch, positions] = self.model.embed(tokens)
@@ -530,7 +532,7 @@ class Engine:
 
     def speak(self, k):
         """Add log p_k at the positions that `run_layers(k)` has just run to their sums."""
-        positions = self.cursors[k + 1][:, None] + torch.arange(1 if k == 0 else self.width, device=self.batch.device)
+        positions = self.places(k)
         log_probs = self.model.log_probs(k, self.stream[k + 1, self.batch, positions]).flatten(0, 1)        # (B T, V)
         slots = self.batch[:, 0] if self.n_rows > 1 else positions[0] % SLOTS
         self.sums[slots] = log_probs if k == self.heads[0] else self.sums[slots] + log_probs
@@ -562,7 +564,7 @@ class Engine:
         if s.temperature == 0:
             return best, top, margin, top
         log_probs = combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)
-        tokens = choose(log_probs, s.temperature, s.top_k, s.top_p, s.seed, self.noise_rows.expand(len(positions)), positions + 1)
+        tokens = draw(log_probs, s.temperature, s.top_k, s.top_p, s.seed, self.noise_rows.expand(len(positions)), positions + 1)
         return tokens, log_probs.gather(1, tokens[:, None])[:, 0], margin, top
 
     def decide(self, k):
@@ -800,7 +802,8 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
     the stage's threshold); routing leaves after stage 0 where its top-1 probability reaches the threshold.
     """
     K = model_config.n_stage
-    for name, given, its_mode in (("--stage", stage, "single"), ("--prefix", prefix, "prefix"), ("--routing-threshold", routing_threshold, "routing")):
+    for name, given, its_mode in (("--stage", stage, "single"), ("--prefix", prefix, "prefix"), ("--routing-threshold", routing_threshold, "routing"),
+                                   ("--draft-gate", draft_gate or None, "speculative"), ("--wand-margin", wand_margin or None, "wand")):
         if given is not None and mode != its_mode:
             raise ValueError(f"{name} {given} goes with --mode {its_mode}, not with --mode {mode}")
     stages = f"this checkpoint has {K} stage{'s'[:K > 1]}"
@@ -826,23 +829,15 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
             raise ValueError(f"--mode wand needs {BOUNDS_KEY}, {K - 1} numbers, in config.json; {missing}")
         return Plan(range(K), exits=tuple(math.nextafter(sum(bounds[k:]), math.inf) for k in range(K - 1)))
     if mode == "wand":
-        found = measured(metrics, "wand", "margin", "thresholds")
+        found = get(metrics, ("wand", "margin", "thresholds"))
         if not is_numbers([t or 0.0 for t in found] if isinstance(found, list) else None, K - 1):
             raise ValueError(f"--wand-margin needs wand.margin.thresholds, {K - 1} numbers, in metrics.json; {missing}")
         return Plan(range(K), exits=tuple(math.inf if t is None else t for t in found))     # null: no threshold keeps the cap
-    found = measured(metrics, "routing", "threshold", missing="") if routing_threshold is None else routing_threshold
-    if found is not None and not is_numbers([found], 1):                    # null: no threshold keeps the cap
+    routing = {"threshold": routing_threshold} if routing_threshold is not None else get(metrics, ("routing",))
+    found = get(routing, ("threshold",))
+    if not (is_numbers([found], 1) or (found is None and isinstance(routing, dict) and "threshold" in routing)):    # null: none keeps the cap
         raise ValueError(f"--mode routing needs --routing-threshold, or routing.threshold in metrics.json; {missing}")
     return Plan(range(K), exits=(math.inf if found is None else found, *[math.inf] * (K - 2)), score="probability")
-
-
-def measured(metrics, *path, missing=None):
-    """What metrics.json has at a path of keys."""
-    for key in path:
-        if not isinstance(metrics, dict) or key not in metrics:
-            return missing
-        metrics = metrics[key]
-    return metrics
 
 
 def is_numbers(values, n):
@@ -976,15 +971,6 @@ def read_prompts(path):
     return text.removesuffix("\n").split("\n")
 
 
-def read_metrics(path):
-    """metrics.json of a checkpoint, a dict; empty where there is none or it is not readable."""
-    try:
-        metrics = json.loads((path / "metrics.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return metrics if isinstance(metrics, dict) else {}
-
-
 def main(argv=None):
     given = parse_flags(SampleConfig, __doc__, argv, positionals=[("checkpoint", "?", "a step-XXXXX directory, or a run: its newest")])
     path = given.pop("checkpoint")
@@ -1004,7 +990,7 @@ def main(argv=None):
     else:
         path = resolve_checkpoint(path)
         model, record, _ = load_checkpoint(path, device, dtype)
-        tokenizer, metrics = Tokenizer.load(path), read_metrics(path)
+        tokenizer, metrics = Tokenizer.load(path), read_object(path / "metrics.json")
         if tokenizer.sha256 != record["tokenizer"]["sha256"]:
             raise ValueError(f"the tokenizer in {path} is not the one that its config.json names; use another step")
     with attention_backends(device):

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 
 from flags import flag, parse_flags, run
 
-MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90      # Muon's, over a run [SPEC 4, after nanochat]
+MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90      # Muon's, over a run [after nanochat]
 MOMENTUM_RAMP_STEPS = 400
 
 

@@ -386,6 +386,13 @@ def test_facts_are_graded_by_substring(monkeypatch):
     assert [s["prompt"] for s in samples] == list(evaluate.PROBE) and samples[0]["completion"] == " Paris."
 
 
+def test_a_damaged_validation_shard_is_named(trained, monkeypatch):
+    data = open_data(str(json.loads((trained / "config.json").read_text())["train"]["data"]), 300)
+    monkeypatch.setattr(type(data.val(16).sources[0]), "window", lambda self, w, T: np.full(T + 1, 65535, dtype=np.uint16))
+    with pytest.raises(ValueError, match="prose holds token 65535, beyond the vocabulary of 300"):
+        Slice(data.val(16), 40, 10, data.tokenizer)
+
+
 def test_speculation_counts_drafts_on_documents_that_did_not_calibrate(trained):
     data = open_data(str(json.loads((trained / "config.json").read_text())["train"]["data"]), 300)
     part, model = Slice(data.val(16), 40, 10, data.tokenizer), load_checkpoint(trained, dtype=torch.float64)[0]

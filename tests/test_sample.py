@@ -17,7 +17,7 @@ import sample
 from conftest import ROOT
 from dataloader import Tokenizer
 from model import BOUNDS_KEY, checkpoint_steps, combine
-from sample import ROWS, Engine, Plan, Sampling, check_room, choose, complete, generate, gumbel_noise, make_plan
+from sample import ROWS, Engine, Plan, Sampling, check_room, complete, draw, generate, gumbel_noise, make_plan
 from test_model import make
 
 ROW = torch.zeros(1, dtype=torch.int64)
@@ -230,7 +230,7 @@ def test_frequencies_of_sampled_tokens_match_softmax():
     log_probs = torch.log_softmax(torch.tensor([[0.5, -1.0, 2.0, 0.0, 1.0, -2.0, 0.3]]) , dim=-1)
     n, T = 20_000, 0.7
     positions, rows = torch.arange(n) % 500, torch.arange(n) // 500
-    tokens = choose(log_probs.expand(n, -1), T, 0, 1.0, 3, rows, positions)
+    tokens = draw(log_probs.expand(n, -1), T, 0, 1.0, 3, rows, positions)
     expected = n * torch.softmax(log_probs[0] / T, dim=-1)
     chi_square = ((torch.bincount(tokens, minlength=7) - expected) ** 2 / expected).sum().item()
     assert chi_square < 33.1, chi_square
@@ -247,7 +247,7 @@ def test_noise_is_standard_gumbel_and_uncorrelated_between_neighbours():
 def sampled_set(**filters):
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     n = 2000                                                    # a kept token of p = 0.1 stays unseen with probability 0.9^2000 = 10^-92
-    draws = choose(p.log().expand(n, -1), 1.0, filters.get("top_k", 0), filters.get("top_p", 1.0), 0, torch.zeros(n, dtype=torch.int64), torch.arange(n))
+    draws = draw(p.log().expand(n, -1), 1.0, filters.get("top_k", 0), filters.get("top_p", 1.0), 0, torch.zeros(n, dtype=torch.int64), torch.arange(n))
     return set(draws.tolist())
 
 
@@ -258,8 +258,7 @@ def test_filters_keep_the_tokens_worked_out_by_hand():
     assert sampled_set(top_p=0.5) == {0, 1}                     # 0.4 is not enough, 0.7 is
     assert sampled_set(top_p=0.35) == {0}
     assert sampled_set(top_k=3, top_p=0.8) == {0, 1, 2}         # of 4/9, 3/9, 2/9: 7/9 is not yet 0.8
-    assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 1e-45, 0, 1.0, 0, ROW, ROW).tolist() == [1]      # as cold as float32 goes
-    assert choose(torch.tensor([[0.1, 0.7, 0.2]]).log(), 0.0, 0, 1.0, 0, ROW, ROW).tolist() == [1]
+    assert draw(torch.tensor([[0.1, 0.7, 0.2]]).log(), 1e-45, 0, 1.0, 0, ROW, ROW).tolist() == [1]      # as cold as float32 goes
 
 
 def test_completion_stops_at_bos_and_holds_back_half_a_character(monkeypatch):
@@ -344,7 +343,7 @@ def test_the_benchmark_prints_every_mode_and_one_json_line_last(trained, capsys)
     (["--top-p", "0"], ["top-p 0"]), (["--top-k", "-2"], ["top-k -2"]), (["--num-samples", "0"], ["num-samples 0"]), (["--max-new-tokens", "0"], ["max-new-tokens 0"]),
     (["--prompt", "a b c d e f g h i j k l m n o p q r"], ["context of 16", "too long"]), (["--mode", "turbo"], ["turbo", "full"]), (["--device", "abacus"], ["abacus"]),
     (["--mode", "speculative", "--draft-len", "0"], ["--draft-len 0", "1 to 31"]), (["--mode", "speculative", "--draft-len", "32"], ["--draft-len 32"]),
-    (["--draft-gate", "2"], ["draft-gate 2"]), (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]), (["--compile"], ["CUDA"]),
+    (["--draft-gate", "2"], ["draft-gate 2"]), (["--draft-gate", "0.5"], ["--draft-gate 0.5", "--mode speculative"]), (["--wand-margin"], ["--wand-margin", "--mode wand"]), (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]), (["--compile"], ["CUDA"]),
     (["--preset", "3b"], ["--preset 3b", "--bench"]), (["--bench", "--preset", "tiny"], ["not both"]), (["--forced-lifts", "0.1"], ["--bench"])])
 def test_bad_input_gets_one_line(argv, words, trained, refused):
     line = refused(sample.main, trained, *argv)
