@@ -13,7 +13,8 @@ file's own optimizer groups.)
 
 Variants of training share one set of weights. poe: model.backward_by_stage. bp: one loss at the top. Then poe without one idea each:
 two-matmuls (W x + W_k x instead of the merged head), whole-logits (the loss by autograd, all logits at once), one-backward (all stages'
-activations are kept); naive is all three; stage-major runs each stage over all micro-batches before the next begins.
+activations are kept), cast-each-pass (weights are cast in each micro-batch, not once per step); naive is all four; stage-major runs each
+stage over all micro-batches before the next begins.
 """
 import gc
 import json
@@ -29,8 +30,10 @@ import torch
 import torch.nn.functional as F
 
 import model as model_file
+from dataloader import Loader, open_data
 from flags import flag, parse_flags, run
-from model import PRESETS, ModelConfig, PoE, attention_backends, choose_device, flops_per_token, get, head_cross_entropy, norm, softcap, stage_bytes
+from model import (PRESETS, Linear, ModelConfig, PoE, attention_backends, choose_device, flops_per_token, get, head_cross_entropy, norm, softcap,
+                   stage_bytes)
 from muon import MuonAdamW
 from sample import Engine, Plan, check_room, decode_timed, make_plan
 from train import RECIPES, optimizer_groups
@@ -40,7 +43,7 @@ from train import RECIPES, optimizer_groups
 # Training
 
 NOMINAL_FLOPS = 989e12          # bf16 of an H100 or H200 SXM, dense, by its data sheet
-VARIANTS = ("poe", "bp", "naive", "two-matmuls", "whole-logits", "one-backward", "stage-major")
+VARIANTS = ("poe", "bp", "naive", "two-matmuls", "whole-logits", "one-backward", "cast-each-pass", "stage-major")
 
 
 def head_gradient(model, k, normed, targets, scale, merged, chunked):
@@ -56,7 +59,7 @@ def head_gradient(model, k, normed, targets, scale, merged, chunked):
     for i in range(0, len(x), step):
         with torch.enable_grad():
             part = x[i:i + step].detach().requires_grad_()
-            logits = F.linear(part, model.head_weight(k)) if merged else shared(part) + own(part)
+            logits = F.linear(part, model.merge_head(k)) if merged else shared(part) + own(part)
             loss = F.cross_entropy(softcap(logits), targets[i:i + step], reduction="sum") * scale
         loss.backward()
         total, grads = total + loss.detach(), grads + [part.grad]
@@ -110,6 +113,14 @@ def real_step(model, batches, scale):
     return losses
 
 
+def drop_casts(model):
+    """Undo `PoE.cast_weights`."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.cast = None
+    model.merged_heads = None
+
+
 def backprop_twin(model):
     """The model trained by one loss at the top, around the same weights."""
     config = model.config
@@ -150,7 +161,7 @@ class BenchConfig:
     total_batch_tokens: int = flag(65536, "tokens of an optimizer step")
     device_batch_size: int = flag(4, "sequences in a forward and backward pass")
     bench_repeats: int = flag(5, "timed rounds")
-    largest: bool = flag(False, "also look for the largest micro-batch that fits, in sequences")
+    largest: bool = flag(False, "also look for the largest micro-batch of poe and bp that fits beside the optimizer's state, in sequences")
     optimizer: bool = flag(True, "also time the optimizers, one after the other")
     seed: int = flag(0, "of weights and tokens")
     device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -182,29 +193,54 @@ def matmul_rate(device, dtype):
     return 2 * n ** 3 / statistics.median(times)
 
 
+def say(line):
+    """Progress, apart from the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def largest_batch(measure, clear):
-    """The most sequences with which `measure(n)` does not run out of memory: doubling, then bisecting."""
-    good, bad = 0, None
-    while bad is None or bad - good > 1:
-        n = max(1, good * 2) if bad is None else (good + bad) // 2
+def largest_batch(measure, clear, guess):
+    """The most sequences with which `measure(n)` does not run out of memory: from a guess, one by one. 0: not even one."""
+    def fits(n):
         clear()
         try:
             measure(n)
-            good = n
+            fit = True
         except torch.OutOfMemoryError:
-            bad = n
+            fit = False
+        say(f"a micro-batch of {n}: {'fits' if fit else 'too large'}")
+        return fit
+    n = max(1, guess)
+    if fits(n):
+        while fits(n + 1):
+            n += 1
+    else:
+        n -= 1
+        while n and not fits(n):
+            n -= 1
     clear()
-    return good
+    return n
+
+
+def loader_rate(mix, rows, n=64):
+    """Tokens per second of the data loader alone, by its thread."""
+    loader = Loader(mix, 0, rows, rows)
+    next(loader)
+    start = time.perf_counter()
+    for _ in range(n):
+        next(loader)
+    seconds = time.perf_counter() - start
+    loader.close()
+    return n * rows * mix.T / seconds
 
 
 def bench_training(config):
-    """Forward + backward of each variant interleaved, then optimizers: a JSON-ready dict."""
+    """Forward + backward of each variant interleaved, then optimizers, then the largest micro-batches: a JSON-ready dict."""
     device, dtype = choose_device(config.device, config.dtype)
     on_cuda, shape = device.type == "cuda", PRESETS[config.preset]
     compile = on_cuda if config.compile is None else config.compile
@@ -214,14 +250,17 @@ def bench_training(config):
     model.init_weights(config.seed)
     if compile:
         model.compile_regions()
+        torch._dynamo.config.recompile_limit = 64                           # more variants of a block than training ever has
     twin = backprop_twin(model)
     steps = {"poe": (model, real_step, {}), "bp": (twin, real_step, {}),
              "naive": (model, trial_step, dict(merged=False, chunked=False, per_stage=False)), "two-matmuls": (model, trial_step, dict(merged=False)),
              "whole-logits": (model, trial_step, dict(chunked=False)), "one-backward": (model, trial_step, dict(per_stage=False)),
-             "stage-major": (model, trial_step, dict(stage_major=True))}
+             "cast-each-pass": (model, real_step, {}), "stage-major": (model, trial_step, dict(stage_major=True))}
     steps = {name: steps[name] for name in config.variants.split(",")}
     flops = {name: flops_per_token(m.config) for name, (m, _, _) in steps.items()}
     if folder := os.environ.get("NANOCHAT_DIR"):
+        if config.largest:
+            raise ValueError("--largest fills the memory, of which nanochat's weights would take their part; unset NANOCHAT_DIR")
         nanochat, nanochat_optimizer, flops["nanochat"] = nanochat_model(folder, shape, device, compile)
 
         def nanochat_step(m, batches, scale):
@@ -248,6 +287,8 @@ def bench_training(config):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = clock(device)
+        if name != "nanochat":
+            (drop_casts if name in ("naive", "cast-each-pass") else PoE.cast_weights)(m)
         step(m, data, 1 / config.total_batch_tokens, **switches)
         seconds = clock(device) - start
         return seconds, *((torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated()) if on_cuda else (None, None))
@@ -261,19 +302,13 @@ def bench_training(config):
                 rows[name].compile_seconds = clock(device) - warm
             seconds, rows[name].activation_bytes, rows[name].peak_bytes = measure(name, data)
             rows[name].times += [seconds] if number else []
-    clear()
-    for name in rows if config.largest and on_cuda else ():
-        rows[name].largest = largest_batch(lambda n: measure(name, batches(n, n * shape.sequence_len)), clear)
+            say(f"round {number} of {config.bench_repeats}, {name}: {1e3 * seconds:.0f} ms" + f", first micro-batch {rows[name].compile_seconds:.1f} s" * (number == 0))
     for name in rows if config.optimizer else ():
         if name not in ("poe", "bp", "nanochat"):
             continue
         m, _, _ = steps[name]
         clear()
-        measure(name, data[:1])
-        if name == "nanochat":
-            optimizer = nanochat_optimizer
-        else:
-            optimizer = MuonAdamW(optimizer_groups(m, RECIPES[config.preset]))
+        optimizer = nanochat_optimizer if name == "nanochat" else MuonAdamW(optimizer_groups(m, RECIPES[config.preset]), compile=compile)
         times = []
         for _ in range(config.bench_repeats + 2):
             for p in m.parameters():
@@ -281,8 +316,17 @@ def bench_training(config):
             start = clock(device)
             optimizer.step()
             times.append(clock(device) - start)
+        say(f"optimizer of {name}: {', '.join(f'{1e3 * seconds:.0f}' for seconds in times)} ms")
         rows[name].optimizer_seconds = statistics.median(times[2:])         # the first ones compile and make the state
+        if config.largest and on_cuda:                                      # beside weights, gradients and the optimizer's state, as in training
+            free = torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated() - sum(4 * p.numel() for p in m.parameters())
+
+            def one_step(n):
+                torch.compiler.reset()                                      # a new size compiles anew
+                measure(name, batches(n, n * shape.sequence_len))
+            rows[name].largest = largest_batch(one_step, clear, int(config.device_batch_size * free / rows[name].activation_bytes))
         del optimizer
+    clear()
     ceiling, tokens, out = matmul_rate(device, dtype), config.total_batch_tokens, []
     for name, row in rows.items():
         seconds = statistics.median(row.times)
@@ -298,6 +342,7 @@ def bench_training(config):
                     "largest_micro_batch": getattr(row, "largest", None), "first_step_s": row.compile_seconds})
     return {"preset": config.preset, "device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
             "compile": compile, "total_batch_tokens": tokens, "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
+            "loader_tokens_per_s": loader_rate(open_data("", shape.vocab_size).train(shape.sequence_len, config.seed), config.device_batch_size),
             "matmul_flops_per_s": ceiling, "nominal_flops_per_s": NOMINAL_FLOPS if on_cuda else None, "variants": out}
 
 

@@ -214,12 +214,25 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
+        self.cast = None                                                    # the weight in the compute dtype, kept by `PoE.cast_weights`
 
     def reset_parameters(self):
         """Do nothing: PoE.init_weights or a checkpoint sets every weight."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype) if self.cast is None else self.cast)
+
+    def keep_cast(self, dtype):
+        """Cast the weight for all passes until the next call. The cast's gradient is added to the weight's as it comes, in one pass over both."""
+        if self.cast is None:
+            self.cast = self.weight.to(dtype).requires_grad_()
+            self.cast.register_post_accumulate_grad_hook(self._hand_over_gradient)
+        else:
+            self.cast.copy_(self.weight)
+
+    def _hand_over_gradient(self, cast):
+        self.weight.grad = cast.grad.to(self.weight.dtype) if self.weight.grad is None else self.weight.grad.add_(cast.grad)
+        cast.grad = None
 
 
 class KVCache:
@@ -338,7 +351,7 @@ class PoE(nn.Module):
         self.lm_head_stages = nn.ModuleList(Linear(config.n_embd, config.vocab_size) for _ in range(n_own))
         ends = [sum(config.stage_layers[:k + 1]) for k in range(config.n_stage)]
         self.layers_of_stage = [range(end - n, end) for end, n in zip(ends, config.stage_layers)]
-        self.merged_heads = None                                            # set by `freeze_for_inference`
+        self.merged_heads = None                                            # kept by `cast_weights` and `freeze_for_inference`
         self.chunk_loss = cross_entropy_chunk                               # its compiled form after `compile_regions`
         cos, sin = rotary_tables(config.sequence_len, config.head_dim)
         self.register_buffer("cos", cos, persistent=False)                  # (sequence_len, D / 2)
@@ -419,9 +432,11 @@ class PoE(nn.Module):
         return x
 
     def head_weight(self, k):
-        """The merged head of stage k, W + W_k, summed in the parameters' dtype and rounded once: (V, C), compute dtype."""
-        if self.merged_heads is not None:
-            return self.merged_heads[k]
+        """The merged head of stage k, W + W_k: (V, C), compute dtype."""
+        return self.merge_head(k) if self.merged_heads is None else self.merged_heads[k]
+
+    def merge_head(self, k):
+        """W + W_k, summed in the parameters' dtype and rounded once."""
         weight = self.lm_head.weight
         if self.lm_head_stages:
             weight = weight + self.lm_head_stages[k].weight
@@ -502,6 +517,20 @@ class PoE(nn.Module):
         self.chunk_loss = torch.compile(cross_entropy_chunk, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)
+
+    @torch.no_grad()
+    def cast_weights(self):
+        """Keep matrices and merged heads in the compute dtype; call it again after every change of the weights. Nothing to do where they are.
+
+        Without it each micro-batch casts them anew. 2 bytes a matrix element in bfloat16; results are the same to the bit.
+        """
+        if self.compute_dtype == self.lm_head.weight.dtype:
+            return
+        for block in self.blocks:
+            for module in block.modules():
+                if isinstance(module, Linear):
+                    module.keep_cast(self.compute_dtype)
+        self.merged_heads = [self.merge_head(k) for k in range(self.config.n_stage)]
 
     # -- inference ----------------------------------------------------------------------------------------------
 

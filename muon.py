@@ -18,6 +18,8 @@ All ranks issue the same collectives in the same order. World size 1 is the same
 gradient is an error on every rank: skipping it on some would hang the others. Not here: parameter names and their groups,
 schedules, logging.
 """
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -35,7 +37,7 @@ STACK_ELEMENTS = 2 ** 26    # matrices of one shape are orthogonalised together,
 def orthogonalize(G):
     """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately.
 
-    Runs in bfloat16 on CUDA, where that is fast and enough, and in the dtype of G elsewhere. Returns the dtype of G.
+    Runs in bfloat16 on CUDA, where that is fast and enough, and in the dtype of G elsewhere, which it returns.
     With G = U S V^T and X scaled to spectral norm <= 1, an iteration is X <- a X + (b A + c A^2) X, A = X X^T.
     """
     X = G.bfloat16() if G.is_cuda else G
@@ -49,25 +51,51 @@ def orthogonalize(G):
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
-def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay):
+def elementwise(compile, function, tensors, numbers):
+    """function(*tensors, *numbers); with `compile` as one kernel for all shapes, which takes its numbers as 0-d tensors: a float would be a constant."""
+    if compile:
+        function, numbers = compiled(function), [torch.tensor(x, dtype=tensors[0].dtype) for x in numbers]
+    return function(*tensors, *numbers)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def look_ahead(buffer, grad, out, momentum, rest):
+    """Nesterov momentum: `buffer` moves towards `grad` by rest = 1 - momentum; `out` lies that much further, in its own dtype."""
+    buffer.lerp_(grad, rest)
+    out.copy_(torch.lerp(grad, buffer, momentum))
+
+
+def decay_and_subtract(p, update, decay, size):
+    p.mul_(decay).sub_(update * size)
+
+
+def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay, compile=False):
     """One Muon step on matrices of one shape (m, n): lists of tensors; `params` and `momentum_buffers` are mutated.
 
     The update's spectral norm is about lr sqrt(max(1, m / n)): Muon's shape factor, the only rescaling here.
     """
-    for buffer, grad in zip(momentum_buffers, grads):
-        buffer.lerp_(grad, 1 - momentum)
-    nesterov = torch.stack([torch.lerp(grad, buffer, momentum) for grad, buffer in zip(grads, momentum_buffers)])
-    m, n = nesterov.shape[-2:]
+    m, n = params[0].shape
+    nesterov = params[0].new_empty(len(params), m, n, dtype=torch.bfloat16 if params[0].is_cuda else None)
+    for buffer, grad, out in zip(momentum_buffers, grads, nesterov):
+        elementwise(compile, look_ahead, (buffer, grad, out), (momentum, 1 - momentum))
     for p, update in zip(params, orthogonalize(nesterov)):                  # (m, n) each
-        p.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * max(1, m / n) ** 0.5)
+        elementwise(compile, decay_and_subtract, (p, update), (1 - lr * weight_decay, lr * max(1, m / n) ** 0.5))
 
 
-def adamw_update(p, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+def adam_moments_and_step(p, grad, exp_avg, exp_avg_sq, rest1, rest2, correction2, eps, decay, size):
+    exp_avg.lerp_(grad, rest1)
+    exp_avg_sq.lerp_(grad.square(), rest2)
+    p.mul_(decay).sub_(exp_avg * size / ((exp_avg_sq / correction2).sqrt() + eps))
+
+
+def adamw_update(p, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, compile=False):
     """One AdamW step; p, exp_avg and exp_avg_sq are mutated. step counts from 1."""
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.lerp_(grad.square(), 1 - betas[1])
-    denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt_().add_(eps)
-    p.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, denominator, value=-lr / (1 - betas[0] ** step))
+    elementwise(compile, adam_moments_and_step, (p, grad, exp_avg, exp_avg_sq),
+                (1 - betas[0], 1 - betas[1], 1 - betas[1] ** step, eps, 1 - lr * weight_decay, lr / (1 - betas[0] ** step)))
 
 
 def assign_owners(groups, world_size):
@@ -112,10 +140,11 @@ class MuonAdamW:
     """Groups are dicts: kind ("muon" or "adamw"), params {name: tensor}, lr, weight_decay, and momentum or betas and eps.
 
     The caller changes lr, weight_decay and momentum in `groups` from step to step; `state_dict` holds none of them.
+    compile: elementwise work as fused kernels (CUDA).
     """
 
-    def __init__(self, groups, rank=0, world_size=1):
-        self.groups, self.rank, self.world_size = groups, rank, world_size
+    def __init__(self, groups, rank=0, world_size=1, compile=False):
+        self.groups, self.rank, self.world_size, self.compile = groups, rank, world_size, compile
         self.params = {name: p for group in groups for name, p in group["params"].items()}
         assert len(self.params) == sum(len(group["params"]) for group in groups), "a parameter is in two groups"
         self.owner = assign_owners(groups, world_size)
@@ -162,10 +191,10 @@ class MuonAdamW:
             state["step"] += 1
         if group["kind"] == "muon":
             muon_update(params, [p.grad for p in params], [state["momentum_buffer"] for state in states],
-                        lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
+                        lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"], compile=self.compile)
         else:
             adamw_update(params[0], params[0].grad, **states[0], lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                         weight_decay=group["weight_decay"])
+                         weight_decay=group["weight_decay"], compile=self.compile)
         for p in params:
             p.grad = None
 

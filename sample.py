@@ -54,8 +54,8 @@ except ImportError:             # it comes with torch's CUDA builds; nothing els
 
 MODES = ("full", "single", "prefix", "wand", "routing", "speculative")
 ROWS = 16                       # rows of every pass of an upper stage: a tile of the tensor cores
-SLOTS = 2 * ROWS                # positions whose sum of log-probabilities is kept
-SLACK = 4 * ROWS                # cache slots past the context: unused rows and two cycles in flight write there
+SLOTS = 2 * ROWS                # positions whose sum of log-probabilities is kept; rows of a pass where many may wait for the kernels
+SLACK = 6 * ROWS                # cache slots past the context: two cycles in flight and unused rows reach there
 PREFILL = 256                   # positions of a prompt in one pass
 CHUNK = 32                      # cache slots that one program of `attend` reads
 
@@ -103,23 +103,23 @@ def draw(log_probs, temperature, top_k, top_p, seed, rows, positions):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels of a stage on CUDA, six a layer. Row r is position begin[b] + t of batch row b, with b, t = divmod(r, T), and is live while
-# that is before end[b]. Activations inside a stage lie by row; those at its boundaries, as the cache, by place: b * S + position.
-# Each kernel starts while the one before it still runs (programmatic dependent launch) and waits for it; matrix products ask for their first
-# weights meanwhile.
+# that is before end[b]; the cursors stand still from a stage's first kernel to its last. Activations inside a stage lie by row; those at
+# its boundaries, as the cache, by place: b * S + position. Each kernel starts while the one before it still runs (programmatic dependent
+# launch) and waits for it; matrix products with work ask for their first weights meanwhile.
 
 @jit
 def live_rows(begin, end, r, S, T: tl.constexpr):
-    """(bool, int64) of rows r: whether they have work, and their places."""
-    first = tl.load(begin + r // T)
-    return first + r % T < tl.load(end + r // T), (r // T) * S + first + r % T
+    """(bool, int64) of rows r: whether they have work, and their places. Read from L2: L1 may hold cursors of before this kernel's start."""
+    first = tl.load(begin + r // T, cache_modifier=".cg")
+    return first + r % T < tl.load(end + r // T, cache_modifier=".cg"), (r // T) * S + first + r % T
 
 
 @jit
 def enter_stage(tokens, embedding, before, x0, out, squares, begin, end, a, b, S, C: tl.constexpr, C2: tl.constexpr, T: tl.constexpr,
                 PARTS: tl.constexpr, FIRST: tl.constexpr, EPS: tl.constexpr):
     """out = a before + b x0 of each row, and its sum of squares. Where FIRST, x0 is made here: the normalised embedding, also `before`."""
-    gdc_launch_dependents()
     gdc_wait()
+    gdc_launch_dependents()                                                 # after the wait: the cursors stand still for all kernels of the stage
     r, c, parts = tl.program_id(0), tl.arange(0, C2), tl.arange(0, PARTS)
     _, place = live_rows(begin, end, r, S, T)                               # what an unused row leaves lies beyond the cursor
     if FIRST:
@@ -147,14 +147,17 @@ def skinny_matmul(x, weight, out, parts, residual, x0, out_parts, begin, end, a,
     the sums of exp(out) in `out_parts`. ADD: add `residual`. MIX: then a out + b x0, the entry of the next layer. SQUARE: leave the sums
     of out^2. SPLIT > 1: that many parts of K at a time. The order of every sum is fixed and knows nothing of how many rows are live.
     """
-    r, n, k = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    tile, block = tl.program_id(0), tl.program_id(1)                        # tiles of one block are neighbours: its weights are in L2 for the second
+    r, n, k = tile * ROWS + tl.arange(0, ROWS), block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     gdc_launch_dependents()
+    live, place = live_rows(begin, end, r, S, T)
+    if tl.max(live.to(tl.int32), axis=0) == 0:
+        if tile == 0:
+            gdc_wait()                                                      # a draft after one that was not to be; kernels still end in order
+        return
     lines = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + (tl.arange(0, PREFETCH) * 64)[None, :]           # 128 bytes each
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
     gdc_wait()
-    live, place = live_rows(begin, end, r, S, T)
-    if tl.max(live.to(tl.int32), axis=0) == 0:
-        return                                                              # a draft after one that was not to be
     x += tl.where(live, place if X_PLACED else r, 0) * K                    # (ROWS,) pointers
     weight += n.to(tl.int64) * K                                            # (BLOCK_N,)
     if SPLIT > 1:
@@ -187,9 +190,9 @@ def skinny_matmul(x, weight, out, parts, residual, x0, out_parts, begin, end, a,
         y = a * y.to(out.dtype.element_ty).to(tl.float32) + b * tl.load(x0 + by_place, mask=mask, other=0.0).to(tl.float32)
     if SQUARE:
         y = tl.where(mask, y, 0.0).to(out.dtype.element_ty).to(tl.float32)
-        tl.store(out_parts + r * OUT_PARTS + tl.program_id(0), tl.sum(y * y, axis=1))
+        tl.store(out_parts + r * OUT_PARTS + block, tl.sum(y * y, axis=1))
     if CAP > 0:
-        tl.store(out_parts + r * OUT_PARTS + tl.program_id(0), tl.sum(tl.where(mask, tl.exp(y), 0.0), axis=1))
+        tl.store(out_parts + r * OUT_PARTS + block, tl.sum(tl.where(mask, tl.exp(y), 0.0), axis=1))
     tl.store(out + (by_place if OUT_PLACED else at), y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -204,7 +207,7 @@ def rotated(first, second, cos, sin, D: tl.constexpr, EPS: tl.constexpr, dtype: 
 @jit
 def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial, total, scale, S, NQ, T: tl.constexpr, M: tl.constexpr,
            G: tl.constexpr, G2: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, EMBED: tl.constexpr, EPS: tl.constexpr):
-    """Attention of a batch row's queries to one chunk of cache slots, for one key-value head; the new keys and values are cached here.
+    """Attention of a tile of a batch row's queries to a chunk of cache slots, for one key-value head; new keys and values are cached here.
 
     qkv: (rows, NQ) holds queries, keys, values and gate logits. partial: sum of exp(score) v; total: sum of exp(score). |score| is
     bounded by QK-norm (16.3 at D = 128), so no maximum is subtracted and chunks just add up. Slots of a later row weigh 0.
@@ -212,14 +215,14 @@ def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial
     gdc_launch_dependents()
     gdc_wait()
     HALF: tl.constexpr = D // 2
-    pair, chunk = tl.program_id(0), tl.program_id(1)
+    pair, chunk, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = pair // H_KV, pair % H_KV
     p = tl.load(begin + b)
     n = tl.minimum(tl.load(end + b) - p, T)
-    if (chunk * CHUNK >= p + n) | (n <= 0):
+    if (chunk * CHUNK >= p + n) | (tile * (M // G2) >= n):
         return
     d, dv, m = tl.arange(0, HALF)[None, :], tl.arange(0, D)[None, :], tl.arange(0, M)
-    t, g = m // G2, m % G2
+    t, g = tile * (M // G2) + m // G2, m % G2
     mine = ((t < n) & (g < G))[:, None]
     query = qkv + (b * T + t)[:, None] * NQ + (h * G + g)[:, None] * D + d
     angle = (p + t)[:, None] * HALF + d
@@ -247,21 +250,21 @@ def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial
         tl.store(values + slot + dv, v, mask=new)
     score = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
     weight = tl.where((s[None, :] <= (p + t)[:, None]) & mine, tl.exp(score), 0.0)
-    at = ((pair * tl.num_programs(1) + chunk) * M + m)[:, None]
+    at = (((pair * tl.num_programs(1) + chunk) * tl.num_programs(2) + tile) * M + m)[:, None]
     tl.store(partial + at * D + dv, tl.dot(weight.to(v.dtype), v), mask=mine)
     tl.store(total + at, tl.sum(weight, axis=1)[:, None], mask=mine)
 
 
 @jit
-def add_chunks(partial, total, out, begin, end, S, CHUNKS, T: tl.constexpr, M: tl.constexpr, G: tl.constexpr, G2: tl.constexpr,
+def add_chunks(partial, total, out, begin, end, S, CHUNKS, TILES, T: tl.constexpr, M: tl.constexpr, G: tl.constexpr, G2: tl.constexpr,
                H_KV: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS2: tl.constexpr):
     """Attention's output for one row and attention head, from its chunks: (rows, H, D)."""
     gdc_launch_dependents()
     gdc_wait()
     r, head, chunk, d = tl.program_id(0), tl.program_id(1), tl.arange(0, CHUNKS2), tl.arange(0, D)
     live, place = live_rows(begin, end, r, S, T)
-    b = r // T
-    at = ((b * H_KV + head // G) * CHUNKS + chunk) * M + (r % T) * G2 + head % G
+    b, row = r // T, (r % T) * G2 + head % G
+    at = (((b * H_KV + head // G) * CHUNKS + chunk) * TILES + row // M) * M + row % M
     reached = chunk * CHUNK <= tl.where(live, place - b * S, -1)            # none for an unused row: 0 / 0, which nothing reads
     y = tl.sum(tl.load(partial + at[:, None] * D + d[None, :], mask=reached[:, None], other=0.0), axis=0)
     y /= tl.sum(tl.load(total + at, mask=reached, other=0.0), axis=0)
@@ -271,12 +274,12 @@ def add_chunks(partial, total, out, begin, end, S, CHUNKS, T: tl.constexpr, M: t
 @jit
 def add_log_probs(logits, parts, sums, begin, end, S, V: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
                   BLOCK: tl.constexpr, FIRST: tl.constexpr):
-    """sums (+)= logits - log(sum of exp(logits)) for the live rows, each at its slot."""
+    """sums (+)= logits - log(sum of exp(logits)) for the live rows, each at its place modulo SLOTS, or at its row where SLOTS is 0."""
     gdc_launch_dependents()
     gdc_wait()
-    r, v = tl.arange(0, ROWS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    r, v = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live, place = live_rows(begin, end, r, S, T)
-    slot = r if T == 1 else place % SLOTS
+    slot = place % SLOTS if SLOTS else r
     total = tl.sum(tl.load(parts + r[:, None] * PARTS + tl.arange(0, PARTS)[None, :], mask=live[:, None], other=1.0), axis=1)
     mask, at = live[:, None] & (v < V)[None, :], slot[:, None] * V + v[None, :]
     y = tl.load(logits + r[:, None] * V + v[None, :], mask=mask, other=0.0) - tl.log(total)[:, None]
@@ -335,25 +338,23 @@ class StageKernels:
         if not kernels_fit(model):
             raise ValueError(f"--compile needs Triton, --dtype bfloat16 (not {dtype}), head dimensions of 32, 64 or 128 (not {D}) and widths "
                              f"(n_embd {C}, mlp_hidden {config.mlp_hidden}) that are multiples of 64; leave it out to decode without")
-        self.model, self.engine, self.T = model, engine, engine.width
-        self.rows = engine.n_rows * engine.width
-        self.eps = torch.finfo(torch.float32).eps
+        self.model, self.engine, self.eps = model, engine, torch.finfo(torch.float32).eps
+        self.rows, self.slots = max(ROWS, engine.width), SLOTS if engine.n_rows == 1 else 0
         self.group2, self.parts = triton.next_power_of_2(config.n_head // config.n_kv_head), triton.next_power_of_2(C // 16)
-        self.M = max(16, self.T * self.group2)
         self.chunks = -(-engine.slots // CHUNK)
         if not hasattr(model, "qkv_gate"):
             model.qkv_gate = [self.pack(block.attn, C) for block in model.blocks]
             model.mixes = [(block.resid_lambda.item(), block.x0_lambda.item()) for block in model.blocks]
-        new = functools.partial(torch.zeros, device=device, dtype=dtype)
-        self.x, self.middle, self.attended = new(ROWS, C), new(ROWS, C), new(ROWS, C)
-        self.hidden, self.qkv = new(ROWS, config.mlp_hidden), new(ROWS, max(map(len, model.qkv_gate)), dtype=torch.float32)
-        self.logits, self.found = new(ROWS, config.vocab_size, dtype=torch.float32), new(2, SLOTS, dtype=torch.float32)
-        self.exp_parts = new(ROWS, triton.next_power_of_2(-(-config.vocab_size // 64)), dtype=torch.float32)
+        new, rows = functools.partial(torch.zeros, device=device, dtype=dtype), self.rows
+        self.x, self.middle, self.attended = new(rows, C), new(rows, C), new(rows, C)
+        self.hidden, self.qkv = new(rows, config.mlp_hidden), new(rows, max(map(len, model.qkv_gate)), dtype=torch.float32)
+        self.logits, self.found = new(rows, config.vocab_size, dtype=torch.float32), new(2, SLOTS, dtype=torch.float32)
+        self.exp_parts = new(rows, triton.next_power_of_2(-(-config.vocab_size // 64)), dtype=torch.float32)
         self.chosen = new(SLOTS, dtype=torch.int64)
-        self.x_squares, self.middle_squares = (new(ROWS, self.parts, dtype=torch.float32) for _ in range(2))
-        pairs = engine.n_rows * config.n_kv_head
-        self.partial = new(pairs, self.chunks, self.M, D, dtype=torch.float32)
-        self.total = new(pairs, self.chunks, self.M, dtype=torch.float32)
+        self.x_squares, self.middle_squares = (new(rows, self.parts, dtype=torch.float32) for _ in range(2))
+        self.M = max(16, min(engine.width, ROWS) * self.group2)
+        self.partial = new(engine.n_rows * config.n_kv_head, self.chunks, rows // ROWS, self.M, D, dtype=torch.float32)
+        self.total = torch.zeros_like(self.partial[..., 0])
         positions = torch.arange(engine.slots, device=device).clamp(max=config.sequence_len - 1)
         self.cos, self.sin = model.cos[positions].contiguous(), model.sin[positions].contiguous()
 
@@ -369,41 +370,45 @@ class StageKernels:
             start += len(linear.weight)
         return packed
 
+    def shape_of(self, k):
+        """(positions of a batch row, tiles of ROWS rows) in a pass of stage k."""
+        return (self.engine.width, self.rows // ROWS) if k else (min(self.engine.width, ROWS), 1)
+
     def multiply(self, k, x, weight, out, squares=None, residual=None, mix=None, out_parts=None, relu2=False, cap=0.0, x_placed=False, out_placed=False):
         """Launch `skinny_matmul` for the rows of stage k."""
-        engine, (N, K) = self.engine, weight.shape
-        block_n, block_k, split, num_stages = self.tiles(N, K)
-        skinny_matmul[(-(-N // block_n),)](
+        engine, (N, K), (T, tiles) = self.engine, weight.shape, self.shape_of(k)
+        block_n, block_k, split, num_stages, prefetch = self.blocks(N, K)
+        skinny_matmul[(tiles, -(-N // block_n))](
             x, weight, out, squares, residual, engine.stream[0], out_parts, engine.cursors[k + 1], engine.cursors[k], *(mix or (0.0, 0.0)),
-            engine.slots, N, K, T=self.T, ROWS=ROWS, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT=split, PREFETCH=8, PARTS=self.parts,
+            engine.slots, N, K, T=T, ROWS=ROWS, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT=split, PREFETCH=prefetch, PARTS=self.parts,
             OUT_PARTS=0 if out_parts is None else out_parts.size(1), NORM=squares is not None, RELU2=relu2, CAP=cap, ADD=residual is not None,
             MIX=mix is not None, SQUARE=out_parts is not None and not cap, X_PLACED=x_placed, OUT_PLACED=out_placed, EPS=self.eps,
             num_warps=4, num_stages=num_stages, launch_pdl=True)
 
     @staticmethod
-    def tiles(N, K):
-        """(BLOCK_N, BLOCK_K, SPLIT, stages of the pipeline) of a product, by measurement on an H100 at the shapes of `3b`."""
+    def blocks(N, K):
+        """(BLOCK_N, BLOCK_K, SPLIT, stages of the pipeline, PREFETCH) of a product, by measurement on an H100 at the shapes of `3b`."""
         if N <= 3 * K and K % 256 == 0:                                     # few columns: 16 a block, and K in four parts
-            return 16, math.gcd(K // 4, 128), 4, 6 if K > N else 4
-        return 64, math.gcd(K, 128), 1, 4
+            return 16, math.gcd(K // 4, 128), 4, 6 if K > N else 4, 8
+        return 64, math.gcd(K, 128), 1, 4, 8
 
     def run_layers(self, k):
         """As `Engine.run_layers`."""
         engine, config, model, layers = self.engine, self.model.config, self.model, self.model.layers_of_stage[k]
-        begin, end, G = engine.cursors[k + 1], engine.cursors[k], config.n_head // config.n_kv_head
-        enter_stage[(self.rows,)](
+        begin, end, G, (T, tiles) = engine.cursors[k + 1], engine.cursors[k], config.n_head // config.n_kv_head, self.shape_of(k)
+        enter_stage[(engine.n_rows * T,)](
             engine.tokens, model.wte.weight, engine.stream[k], engine.stream[0], self.x, self.x_squares, begin, end, *model.mixes[layers[0]],
-            engine.slots, C=config.n_embd, C2=triton.next_power_of_2(config.n_embd), T=self.T, PARTS=self.parts, FIRST=k == 0, EPS=self.eps, launch_pdl=True)
+            engine.slots, C=config.n_embd, C2=triton.next_power_of_2(config.n_embd), T=T, PARTS=self.parts, FIRST=k == 0, EPS=self.eps, launch_pdl=True)
         for layer in layers:
             block, last = model.blocks[layer], layer == layers[-1]
             embed = block.attn.value_embed
             self.multiply(k, self.x, model.qkv_gate[layer], self.qkv, squares=self.x_squares)
-            shape = dict(T=self.T, M=self.M, G=G, G2=self.group2, H_KV=config.n_kv_head, D=config.head_dim, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
-            attend[(engine.n_rows * config.n_kv_head, self.chunks)](
+            shape = dict(T=T, M=self.M, G=G, G2=self.group2, H_KV=config.n_kv_head, D=config.head_dim, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
+            attend[(engine.n_rows * config.n_kv_head, self.chunks, tiles)](
                 self.qkv, engine.cache.keys[layer], engine.cache.values[layer], None if embed is None else embed.weight, engine.tokens, self.cos, self.sin,
                 begin, end, self.partial, self.total, QK_SCALE / math.sqrt(config.head_dim), engine.slots, model.qkv_gate[layer].size(0),
                 EMBED=embed is not None, EPS=self.eps, **shape)
-            add_chunks[(self.rows, config.n_head)](self.partial, self.total, self.attended, begin, end, engine.slots, self.chunks,
+            add_chunks[(engine.n_rows * T, config.n_head)](self.partial, self.total, self.attended, begin, end, engine.slots, self.chunks, tiles,
                                                    CHUNKS2=triton.next_power_of_2(self.chunks), **shape)
             self.multiply(k, self.attended, block.attn.c_proj.weight, self.middle, residual=self.x, out_parts=self.middle_squares)
             self.multiply(k, self.middle, block.mlp.c_fc.weight, self.hidden, squares=self.middle_squares, relu2=True)
@@ -412,22 +417,22 @@ class StageKernels:
 
     def speak(self, k):
         """As `Engine.speak`."""
-        engine, V = self.engine, self.model.config.vocab_size
+        engine, V, (T, tiles) = self.engine, self.model.config.vocab_size, self.shape_of(k)
         self.multiply(k, engine.stream[k + 1], self.model.head_weight(k), self.logits, squares=self.x_squares, cap=SOFTCAP,
                       out_parts=self.exp_parts, x_placed=True)
-        add_log_probs[(-(-V // 512),)](
-            self.logits, self.exp_parts, engine.sums, engine.cursors[k + 1], engine.cursors[k], engine.slots, V=V, T=self.T, ROWS=ROWS, SLOTS=SLOTS,
+        add_log_probs[(-(-V // 512), tiles)](
+            self.logits, self.exp_parts, engine.sums, engine.cursors[k + 1], engine.cursors[k], engine.slots, V=V, T=T, ROWS=ROWS, SLOTS=self.slots,
             PARTS=self.exp_parts.size(1), BLOCK=512, FIRST=k == engine.heads[0], num_warps=4, launch_pdl=True)
 
     def advance(self, k):
         """As `Engine.advance`."""
-        advance[(self.engine.n_rows,)](self.engine.cursors[k + 1], self.engine.cursors[k], T=self.T, num_warps=1, launch_pdl=True)
+        advance[(self.engine.n_rows,)](self.engine.cursors[k + 1], self.engine.cursors[k], T=self.shape_of(k)[0], num_warps=1, launch_pdl=True)
 
     def best(self, positions, n_experts):
         """As `Engine.best`."""
         n = len(positions)
         best_tokens[(n,)](self.engine.sums, positions, self.chosen, self.found[0], self.found[1], n_experts, V=self.model.config.vocab_size,
-                          SLOTS=SLOTS if self.T > 1 else 0, BLOCK=4096, num_warps=8, launch_pdl=True)
+                          SLOTS=self.slots, BLOCK=4096, num_warps=8, launch_pdl=True)
         return self.chosen[:n], self.found[0, :n], self.found[1, :n]
 
 
@@ -473,7 +478,8 @@ class Engine:
     the cursor passes it; so rolling back is lowering cursors.
     stream: (stages + 1, B, slots, C): x0, then the boundary activations after each stage, by position. sums: the sum of log p_k so far, by
     position modulo SLOTS for one row, by row for several, which never wait.
-    A pass of a stage has `width` positions a row: ROWS for one row, 1 for several; unused ones lie beyond the cursor.
+    A pass of a stage has `width` positions a row: ROWS for one row, 1 for several; unused ones lie beyond the cursor. With kernels, a pass
+    of an upper stage has SLOTS where more than ROWS may wait: two tiles of ROWS that read the weights together.
 
     fast: by CUDA kernels and graphs; the same steps, and no step or loop waits for the host.
     """
@@ -481,7 +487,8 @@ class Engine:
     def __init__(self, model, plan, n_rows=1, sampling=Sampling(), fast=False):
         config, device = model.config, model.cos.device
         self.model, self.plan, self.heads, self.n_rows, self.sampling = model, plan, plan.heads, n_rows, sampling
-        self.last, self.width, self.slots = plan.heads[-1], ROWS if n_rows == 1 else 1, config.sequence_len + SLACK
+        self.last, self.slots, many_wait = plan.heads[-1], config.sequence_len + SLACK, plan.adaptive or plan.draft_len >= ROWS
+        self.width = 1 if n_rows > 1 else SLOTS if fast and many_wait else ROWS
         new = functools.partial(torch.zeros, device=device)                  # zeros: 0 times garbage must not be NaN
         self.tokens = new(n_rows, self.slots, dtype=torch.int64)
         self.cursors = new(self.last + 2, ROWS, dtype=torch.int64)[:, :n_rows]       # the kernels read ROWS of them: those beyond have no work
@@ -631,10 +638,10 @@ class Engine:
         self.stage(0)
         self.decide(0)
 
-    def lift(self, k, speak):
-        """Stage k over waiting positions; where it speaks, it has reached the newest, and the prefix up to it decides."""
-        self.stage(k, speak)
-        if speak:
+    def lift(self, k, newest, decides):
+        """Stage k over waiting positions. It speaks where the `newest` is among them; prefix k + 1 may then decide."""
+        self.stage(k, newest)
+        if decides:
             self.decide(k)
 
     # -- the host's side -----------------------------------------------------------------------------------------
@@ -696,7 +703,7 @@ class Engine:
         """Bring every stage up to stage 0."""
         for k in range(1, self.last + 1):
             for _ in range(int(self.cursors[1] - self.cursors[k + 1]), 0, -self.width):
-                self.start("lift", k, False)
+                self.start("lift", k, False, False)
 
 
 def uniform(positions):
@@ -750,9 +757,12 @@ def draft_until_unsure(engine):
 def generate_adaptive(engine, max_new_tokens):
     """As `generate`, with early exit. A token that left early leaves the upper stages behind; whoever needs them next brings them up."""
     waiting, flying = [0] * (engine.last + 1), deque()                      # positions that each stage has yet to run
-    for made in range(max_new_tokens):
-        while len(flying) < min(engine.in_flight, max_new_tokens - made):
+
+    def run_ahead(left):
+        while len(flying) < min(engine.in_flight, left):
             flying.append(engine.start("draft"))
+    for left in range(max_new_tokens, 0, -1):
+        run_ahead(left)
         (sure, *_), (token, *_), (log_prob, *_) = flying.popleft()()
         waiting, k = [0] + [n + 1 for n in waiting[1:]], 0
         if not sure:
@@ -760,10 +770,14 @@ def generate_adaptive(engine, max_new_tokens):
             flying.clear()                                                  # they did nothing
         while not sure:
             k += 1
-            for left in range(waiting[k], 0, -engine.width):
-                wait = engine.start("lift", k, left <= engine.width)
+            decides = k == engine.last or (len(engine.plan.exits) > 0 and engine.plan.exits[k] < math.inf)     # else it cannot be sure
+            for n in range(waiting[k], 0, -engine.width):
+                newest = n <= engine.width
+                wait = engine.start("lift", k, newest, newest and decides)
             waiting[k] = 0
-            if k == engine.last or (engine.plan.exits and engine.plan.exits[k] < math.inf):     # else it cannot be sure: the next one is due
+            if k == engine.last:
+                run_ahead(left - 1)                                         # it is sure
+            if decides:
                 (sure, *_), (token, *_), (log_prob, *_) = wait()
         yield [[Token(int(token), float(log_prob), k, k + 1)]], 0
 

@@ -315,7 +315,7 @@ def optimizer_groups(model, config):
 
 
 def memory_estimate(model_config, config, world_size):
-    """Estimated bytes per rank in training, by kind: parameters, gradients, optimizer state (of the rank with most), activations, loss."""
+    """Estimated bytes per rank in training, by kind: parameters, their casts to bfloat16, gradients, optimizer state (of the rank with most), ..."""
     total, tokens = sum(count_parameters(model_config).values()), config.device_batch_size * config.sequence_len
     with torch.device("meta"):
         model = PoE(model_config)
@@ -326,13 +326,12 @@ def memory_estimate(model_config, config, world_size):
             state[owner[name]] += p.numel() * (4 if group["kind"] == "muon" else 8)
     layers = max(model_config.stage_layers) if model_config.objective == "poe" else model_config.n_layer
     kv_dim = model_config.n_kv_head * model_config.head_dim
-    block = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)
-    # saved for backward by a compiled block: 2 MLP-wide, 6 stream-wide and 6 KV-wide tensors a token, and its weights' casts
-    # (within 3 % of the peaks measured for d12 and 3b on an H100)
-    activations = 2 * layers * (tokens * (2 * model_config.mlp_hidden + 6 * model_config.n_embd + 6 * kv_dim) + block)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if parameter_group(name) == "matrices")
+    # saved for backward by a compiled block: 2 MLP-wide, 6 stream-wide and 6 KV-wide tensors a token
+    activations = 2 * layers * tokens * (2 * model_config.mlp_hidden + 6 * model_config.n_embd + 6 * kv_dim)
     head, chunk = model_config.vocab_size * model_config.n_embd, min(tokens, LOSS_CHUNK_LOGITS["cuda"] // model_config.vocab_size)
-    return {"parameters": 4 * total, "gradients": 4 * total, "optimizer_state": max(state), "activations": activations,
-            "loss": 6 * chunk * model_config.vocab_size + 6 * head}
+    return {"parameters": 4 * total, "casts": 2 * (matrices + model_config.n_stage * head), "gradients": 4 * total, "optimizer_state": max(state),
+            "activations": activations, "loss": 6 * chunk * model_config.vocab_size + 4 * head}
 
 
 def dry_run(config, rows, world_size):
@@ -631,7 +630,8 @@ def main(argv=None):
             model.double()
         model.init_weights(config.seed)
         groups = optimizer_groups(model, config)
-        optimizer = MuonAdamW(groups, ranks.rank, ranks.world_size)
+        compiling = on_cuda if config.compile is None else config.compile
+        optimizer = MuonAdamW(groups, ranks.rank, ranks.world_size, compiling)
         names_of_stage = [[name for name, _ in model.named_parameters() if model.stage_of(name) == k] for k in range(model_config.n_stage)]
         params, flops = count_parameters(model_config), flops_per_token(model_config)
         record = {"format": 1, "model": asdict(model_config), "train": asdict(config) | {"resume": ""},
@@ -668,7 +668,8 @@ def main(argv=None):
         say(f"{'resuming' if config.resume else 'continuing from'} {checkpoint or 'step 0: no checkpoint yet'}")
         if len(rows) > 1 and rows[-1]["anchor_step"] < phases[-2].end:
             say(f"phase {len(rows) - 1} was to end at step {phases[-2].end}; phase {len(rows)} begins at step {rows[-1]['anchor_step']}")
-    if on_cuda if config.compile is None else config.compile:
+    model.cast_weights()
+    if compiling:
         model.compile_regions()
 
     # log
@@ -754,6 +755,7 @@ def main(argv=None):
                 if group["kind"] == "muon":
                     group["momentum"] = muon_momentum(phase, step, ramp_start)
             optimizer.step()
+            model.cast_weights()
             if on_cuda:
                 torch.cuda.synchronize()
             dt = time.time() - start

@@ -196,6 +196,25 @@ def test_frozen_model_gives_the_training_forwards_outputs():
     assert torch.equal(model.freeze_for_inference()(idx), before)
 
 
+@pytest.mark.parametrize("objective", ["poe", "joint"])
+def test_casting_once_a_step_changes_no_bit(objective):
+    def train(keep):
+        model = make(torch.float32, objective=objective)
+        model.compute_dtype, (idx, targets), seen = torch.bfloat16, tokens(), []
+        for _ in range(2):
+            if keep:
+                model.cast_weights()
+            seen += [loss for half in range(3) for _, loss in model.backward_by_stage(idx[half:half + 1], targets[half:half + 1], 1 / 33, last=half == 2)]
+            with torch.no_grad():
+                seen.append(model(idx))                         # validation too
+                for p in model.parameters():
+                    seen.append(p.grad.clone())
+                    p.sub_(p.grad)                              # the casts of the first step are stale now
+                    p.grad = None
+        return seen
+    assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
 def test_bfloat16_frozen_model_equals_the_unfrozen_one_bit_for_bit():
     model = make(torch.float32)
     model.compute_dtype = torch.bfloat16
