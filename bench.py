@@ -506,6 +506,10 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
             print(f"the {name} is forced to {value:g}: what is generated means nothing")
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {len(prompts)} prompts, {config.max_new_tokens} tokens each, {config.bench_repeats} rounds")
     print(bench_table(result, {name: value for name, value in known.items() if value is not None}))
+    agreeing = [row for row in result["modes"] if (row["agreement"] or 0.0) >= 0.999 and row["name"].startswith(("wand", "routing", "curve"))]
+    if agreeing:
+        best = max(agreeing, key=lambda row: row["tokens_per_s"])
+        print(f"the fastest early exit that agrees with full in at least 99.9 %: {best['name']}, {best['speedup']:.2f}x")
     if result["peak_bytes"]:
         print(f"compiling and capturing: {result['capture_s']:.1f} s in all; peak memory {result['peak_bytes'] / 2 ** 30:.2f} GiB; memory bandwidth "
               f"{(result['nominal_bytes_per_s'] or 0) / 1e12:.2f} TB/s nominal, {result['copy_bytes_per_s'] / 1e12:.2f} by copying")

@@ -298,8 +298,9 @@ def advance(begin, end, T: tl.constexpr):
 
 
 @jit
-def best_tokens(sums, positions, tokens, log_probs, margins, n_experts, V: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the product of each row's sum: the best token (the lowest id among equals), its log-probability, and top-1 less top-2."""
+def best_tokens(sums, positions, tokens, log_probs, margins, report, n_experts, WIDTH: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """Of the product of each row's sum: the best token (the lowest id among equals), its log-probability, and top-1 less top-2. Reports the first two."""
     gdc_launch_dependents()
     gdc_wait()
     r = tl.program_id(0)
@@ -316,6 +317,8 @@ def best_tokens(sums, positions, tokens, log_probs, margins, n_experts, V: tl.co
         best = tl.maximum(best, top)
     tl.store(tokens + r, token.to(tl.int64))
     tl.store(log_probs + r, best - tl.log(total))
+    tl.store(report + WIDTH + r, token.to(tl.float64))
+    tl.store(report + 2 * WIDTH + r, (best - tl.log(total)).to(tl.float64))
     tl.store(margins + r, best - second)
 
 
@@ -389,7 +392,7 @@ class StageKernels:
     def blocks(N, K):
         """(BLOCK_N, BLOCK_K, SPLIT, stages of the pipeline, PREFETCH) of a product, by measurement on an H100 at the shapes of `3b`."""
         if N <= 3 * K and K % 256 == 0:                                     # few columns: 16 a block, and K in four parts
-            return 16, math.gcd(K // 4, 128), 4, 6 if K > N else 4, 8
+            return 16, math.gcd(K // 4, 128), 4, 6 if K > N else 4, 8 if N * K < 2 ** 23 else 8  # AB
         return 64, math.gcd(K, 128), 1, 4, 8
 
     def run_layers(self, k):
@@ -430,9 +433,9 @@ class StageKernels:
 
     def best(self, positions, n_experts):
         """As `Engine.best`."""
-        n = len(positions)
-        best_tokens[(n,)](self.engine.sums, positions, self.chosen, self.found[0], self.found[1], n_experts, V=self.model.config.vocab_size,
-                          SLOTS=self.slots, BLOCK=4096, num_warps=8, launch_pdl=True)
+        n, report = len(positions), self.engine.report
+        best_tokens[(n,)](self.engine.sums, positions, self.chosen, self.found[0], self.found[1], report, n_experts, WIDTH=report.size(1),
+                          V=self.model.config.vocab_size, SLOTS=self.slots, BLOCK=4096, num_warps=8, launch_pdl=True)
         return self.chosen[:n], self.found[0, :n], self.found[1, :n]
 
 
@@ -498,7 +501,8 @@ class Engine:
         self.noise_rows = new(n_rows, dtype=torch.int64)
         self.batch = torch.arange(n_rows, device=device)[:, None]           # (B, 1)
         self.cache = KVCache(config, n_rows, self.slots, device, model.compute_dtype)
-        self.chances = uniform(torch.arange(self.slots, device=device))     # for the plan's forced_acceptance and forced_lifts
+        self.offsets = torch.arange(SLOTS, device=device)
+        self.chances = chances(self.slots, device)                          # for the plan's forced_acceptance and forced_lifts
         self.kernels = StageKernels(model, self) if fast else None
         self.graphs, self.capture_seconds, self.in_flight = {}, 0.0, 2 if fast else 1
         self.passes = [0] * (self.last + 1)                                 # passes of each stage so far, for counting bytes
@@ -525,7 +529,7 @@ class Engine:
 
     def places(self, k):
         """The next positions of stage k, int64 (B, T). Stage 0 never has more than one: without kernels it runs no unused rows."""
-        return self.cursors[k + 1][:, None] + torch.arange(1 if k == 0 else self.width, device=self.batch.device)
+        return self.cursors[k + 1][:, None] + self.offsets[:1 if k == 0 else self.width]
 
     def run_layers(self, k):
         """Run stage k over its next positions, from `stream[k]` to `stream[k + 1]`. Leaves the cursors."""
@@ -549,11 +553,16 @@ class Engine:
         self.cursors[k + 1] = torch.minimum(self.cursors[k], self.cursors[k + 1] + self.width)
 
     def best(self, positions, n_experts):
-        """The best token after each position by the product so far, its log-probability, and top-1 less top-2: three (n,)."""
+        """The best token after each position by the product so far, its log-probability, and top-1 less top-2: three (n,). Reports the first two."""
         log_probs = combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)       # (n, V)
         tokens = log_probs.argmax(dim=-1, keepdim=True)
         top, second = log_probs.gather(1, tokens)[:, 0], log_probs.scatter(1, tokens, -torch.inf).amax(dim=-1)
+        self.report_choice(tokens[:, 0], top)
         return tokens[:, 0], top, top - second
+
+    def report_choice(self, tokens, log_probs):
+        self.report[1, :len(tokens)] = tokens
+        self.report[2, :len(tokens)] = log_probs
 
     def stage(self, k, speak=True):
         """Run stage k over its next waiting positions, at most `width`; where it speaks, add log p_k to their sums. Moves its cursor."""
@@ -565,14 +574,15 @@ class Engine:
         self.passes[k] += 1
 
     def choose(self, positions, n_experts):
-        """Choose the token after each position (of one row, or one of each): (tokens, log-probabilities of them, margins, top log-probabilities)."""
+        """Choose the token after each position (of one row, or one of each), and report them: (tokens, margins, top log-probabilities)."""
         best, top, margin = (self.kernels or self).best(positions, n_experts)
         s = self.sampling
         if s.temperature == 0:
-            return best, top, margin, top
+            return best, margin, top
         log_probs = combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)
         tokens = draw(log_probs, s.temperature, s.top_k, s.top_p, s.seed, self.noise_rows.expand(len(positions)), positions + 1)
-        return tokens, log_probs.gather(1, tokens[:, None])[:, 0], margin, top
+        self.report_choice(tokens, log_probs.gather(1, tokens[:, None])[:, 0])
+        return tokens, margin, top
 
     def decide(self, k):
         """Choose the token after stage 0's last position by prefix k + 1; it is known from now on if prefix k + 1 is sure enough.
@@ -580,42 +590,40 @@ class Engine:
         Where it is not, stage 0 has nothing to run until another stage decides: a draft that is already on its way does nothing.
         Reports whether it is, the token and its log-probability.
         """
-        position = self.cursors[1] - 1                                      # (1,)
-        token, log_prob, margin, top = self.choose(position, k + 1)
-        sure = torch.ones_like(token)
+        after = self.cursors[1]                                             # (1,): where the token will stand
+        token, margin, top = self.choose(after - 1, k + 1)
         if k < self.last and self.plan.forced_lifts is not None:
-            sure = (self.chances[position] >= (self.plan.forced_lifts if k == 0 else 1.0)).long()
+            sure = self.chances[after] >= self.plan.forced_lifts
         elif k < self.last and self.plan.exits:
-            sure = ((top.exp() if self.plan.score == "probability" else margin) >= self.plan.exits[k]).long()
+            sure = (top.exp() if self.plan.score == "probability" else margin) >= self.plan.exits[k]
         elif self.plan.draft_gate > 0:
-            sure = (top.exp() >= self.plan.draft_gate).long()
-        self.tokens[0, position + 1] = token
-        self.cursors[0] = self.cursors[1] + sure
-        self.report[:, 0] = torch.cat([sure, token, log_prob])
+            sure = top.exp() >= self.plan.draft_gate
+        else:
+            sure = torch.ones_like(token)
+        self.tokens[0, after] = token
+        torch.add(after, sure, out=self.cursors[0])
+        self.report[0, :1] = sure
 
     def judge_all(self, n):
-        """Run the upper stages over n positions, of each row; report what the product chooses after each, and the log-probabilities of these."""
+        """Run the upper stages over n positions, of each row, and choose (and report) what follows each. Returns the places of these, and the tokens."""
         for k in range(1, self.last + 1):
             for _ in range(0, n, self.width):
                 self.stage(k)
-        positions = self.cursors[-1] - 1 if self.n_rows > 1 else self.cursors[-1] - n + torch.arange(n, device=self.batch.device)
-        tokens, log_probs, _, _ = self.choose(positions, len(self.heads))
-        self.report[1, :len(tokens)] = tokens
-        self.report[2, :len(tokens)] = log_probs
-        return positions, tokens
+        after = self.cursors[-1] if n == 1 else self.cursors[-1] + (self.offsets[:n] - (n - 1))
+        return after, self.choose(after - 1, len(self.heads))[0]
 
     def verify(self, n):
         """Take the product's tokens after n positions up to the first that differs from its draft, and drop the rest. Reports how many."""
-        positions, tokens = self.judge_all(n)
-        taken = torch.ones_like(positions[:1])
+        after, tokens = self.judge_all(n)
+        taken = 1
         if n > 1:
-            agree = tokens[:-1] == self.tokens[0, positions[1:]]
+            agree = tokens[:-1] == self.tokens[0, after[:-1]]
             if self.plan.forced_acceptance is not None:
-                agree = self.chances[positions[1:]] < self.plan.forced_acceptance
-            taken = taken + agree.long().cumprod(0).sum()
-        self.tokens[self.batch[:, 0], positions + 1] = tokens
-        self.cursors[1:] = (positions[:1] if self.n_rows == 1 else positions) + taken
-        self.cursors[0] = self.cursors[1] + 1
+                agree = self.chances[after[:-1]] < self.plan.forced_acceptance
+            taken = 1 + agree.long().cumprod(0).sum()
+            self.cursors[1:] -= n - taken
+        self.tokens[self.batch[:, 0], after] = tokens
+        torch.add(self.cursors[1], 1, out=self.cursors[0])
         self.report[0, :1] = taken
 
     def follow(self, n):
@@ -706,9 +714,11 @@ class Engine:
                 self.start("lift", k, False, False)
 
 
-def uniform(positions):
-    """A number in (0, 1) for each position, float64: pseudo-random, always the same."""
-    return torch.exp(-torch.exp(-gumbel_noise(0, torch.zeros_like(positions), positions, 1)[:, 0]))
+def chances(n, device):
+    """n numbers in (0, 1), float64: pseudo-random, always the same, and so spread over every 200 that a share comes out as it was forced."""
+    positions = torch.arange(-(-n // 200) * 200, device=device)
+    rank = gumbel_noise(0, torch.zeros_like(positions), positions, 1).view(-1, 200).argsort(dim=-1).argsort(dim=-1)
+    return ((rank + 0.5) / 200).flatten()[:n]
 
 
 # ---------------------------------------------------------------------------------------------------------------
