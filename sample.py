@@ -54,8 +54,10 @@ except ImportError:             # it comes with torch's CUDA builds; nothing els
 
 MODES = ("full", "single", "prefix", "wand", "routing", "speculative")
 ROWS = 16                       # rows of every pass of an upper stage: a tile of the tensor cores
-SLOTS = 2 * ROWS                # positions whose sum of log-probabilities is kept; rows of a pass where many may wait for the kernels
-SLACK = 6 * ROWS                # cache slots past the context: two cycles in flight and unused rows reach there
+WIDEST = 4 * ROWS               # rows of the kernels' widest pass: so many tiles read the weights together
+SLOTS = WIDEST                  # positions whose sum of log-probabilities is kept
+CHOSEN = 2 * ROWS               # positions after which tokens are chosen at once, at most
+SLACK = CHOSEN + WIDEST         # cache slots past the context: two cycles in flight and unused rows reach there
 PREFILL = 256                   # positions of a prompt in one pass
 CHUNK = 32                      # cache slots that one program of `attend` reads
 
@@ -95,7 +97,7 @@ def draw(log_probs, temperature, top_k, top_p, seed, rows, positions):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1.0:
         ordered, order = F.softmax(scores, dim=-1).sort(dim=-1, descending=True)
-        same = F.pad(ordered, (0, 0, 0, max(0, SLOTS - len(ordered))))          # a GPU's order of summation may depend on how many rows there are
+        same = F.pad(ordered, (0, 0, 0, max(0, CHOSEN - len(ordered))))          # a GPU's order of summation may depend on how many rows there are
         beyond = same.cumsum(dim=-1)[:len(ordered)] - ordered >= top_p          # the probability before it is enough already
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return (scores.double() + gumbel_noise(seed, rows, positions, scores.size(-1))).argmax(dim=-1)
@@ -108,14 +110,14 @@ def draw(log_probs, temperature, top_k, top_p, seed, rows, positions):
 # launch) and waits for it; matrix products with work ask for their first weights meanwhile.
 
 @jit
-def live_rows(begin, end, r, S, T: tl.constexpr):
+def live_rows(begin, end, r, S, T):
     """(bool, int64) of rows r: whether they have work, and their places. Read from L2: L1 may hold cursors of before this kernel's start."""
     first = tl.load(begin + r // T, cache_modifier=".cg")
     return first + r % T < tl.load(end + r // T, cache_modifier=".cg"), (r // T) * S + first + r % T
 
 
 @jit
-def enter_stage(tokens, embedding, before, x0, out, squares, begin, end, a, b, S, C: tl.constexpr, C2: tl.constexpr, T: tl.constexpr,
+def enter_stage(tokens, embedding, before, x0, out, squares, begin, end, a, b, S, C: tl.constexpr, C2: tl.constexpr, T,
                 PARTS: tl.constexpr, FIRST: tl.constexpr, EPS: tl.constexpr):
     """out = a before + b x0 of each row, and its sum of squares. Where FIRST, x0 is made here: the normalised embedding, also `before`."""
     gdc_wait()
@@ -137,7 +139,7 @@ def enter_stage(tokens, embedding, before, x0, out, squares, begin, end, a, b, S
 
 
 @jit
-def skinny_matmul(x, weight, out, parts, residual, x0, out_parts, begin, end, a, b, S, N, K: tl.constexpr, T: tl.constexpr,
+def skinny_matmul(x, weight, out, parts, residual, x0, out_parts, begin, end, a, b, S, N, K: tl.constexpr, T,
                   ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PREFETCH: tl.constexpr,
                   PARTS: tl.constexpr, OUT_PARTS: tl.constexpr, NORM: tl.constexpr, RELU2: tl.constexpr, CAP: tl.constexpr, ADD: tl.constexpr, MIX: tl.constexpr,
                   SQUARE: tl.constexpr, X_PLACED: tl.constexpr, OUT_PLACED: tl.constexpr, EPS: tl.constexpr):
@@ -147,13 +149,12 @@ def skinny_matmul(x, weight, out, parts, residual, x0, out_parts, begin, end, a,
     the sums of exp(out) in `out_parts`. ADD: add `residual`. MIX: then a out + b x0, the entry of the next layer. SQUARE: leave the sums
     of out^2. SPLIT > 1: that many parts of K at a time. The order of every sum is fixed and knows nothing of how many rows are live.
     """
-    tile, block = tl.program_id(0), tl.program_id(1)                        # tiles of one block are neighbours: its weights are in L2 for the second
+    tile, block = tl.program_id(0), tl.program_id(1)                        # tiles of one block are neighbours: its weights come once, then from L2
     r, n, k = tile * ROWS + tl.arange(0, ROWS), block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     gdc_launch_dependents()
     live, place = live_rows(begin, end, r, S, T)
-    if tl.max(live.to(tl.int32), axis=0) == 0:
-        if tile == 0:
-            gdc_wait()                                                      # a draft after one that was not to be; kernels still end in order
+    if tl.max(live.to(tl.int32), axis=0) == 0:                              # a draft after one that was not to be
+        gdc_wait()                                                          # kernels still end in order
         return
     lines = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + (tl.arange(0, PREFETCH) * 64)[None, :]           # 128 bytes each
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
@@ -205,7 +206,7 @@ def rotated(first, second, cos, sin, D: tl.constexpr, EPS: tl.constexpr, dtype: 
 
 
 @jit
-def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial, total, scale, S, NQ, T: tl.constexpr, M: tl.constexpr,
+def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial, total, scale, S, NQ, T, M: tl.constexpr,
            G: tl.constexpr, G2: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, EMBED: tl.constexpr, EPS: tl.constexpr):
     """Attention of a tile of a batch row's queries to a chunk of cache slots, for one key-value head; new keys and values are cached here.
 
@@ -256,7 +257,7 @@ def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial
 
 
 @jit
-def add_chunks(partial, total, out, begin, end, S, CHUNKS, TILES, T: tl.constexpr, M: tl.constexpr, G: tl.constexpr, G2: tl.constexpr,
+def add_chunks(partial, total, out, begin, end, S, CHUNKS, TILES, T, M: tl.constexpr, G: tl.constexpr, G2: tl.constexpr,
                H_KV: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS2: tl.constexpr):
     """Attention's output for one row and attention head, from its chunks: (rows, H, D)."""
     gdc_launch_dependents()
@@ -272,7 +273,7 @@ def add_chunks(partial, total, out, begin, end, S, CHUNKS, TILES, T: tl.constexp
 
 
 @jit
-def add_log_probs(logits, parts, sums, begin, end, S, V: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
+def add_log_probs(logits, parts, sums, begin, end, S, V: tl.constexpr, T, ROWS: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
                   BLOCK: tl.constexpr, FIRST: tl.constexpr):
     """sums (+)= logits - log(sum of exp(logits)) for the live rows, each at its place modulo SLOTS, or at its row where SLOTS is 0."""
     gdc_launch_dependents()
@@ -289,7 +290,7 @@ def add_log_probs(logits, parts, sums, begin, end, S, V: tl.constexpr, T: tl.con
 
 
 @jit
-def advance(begin, end, T: tl.constexpr):
+def advance(begin, end, T):
     """Move a stage's cursor past the rows that it has run."""
     gdc_launch_dependents()
     gdc_wait()
@@ -342,20 +343,20 @@ class StageKernels:
             raise ValueError(f"--compile needs Triton, --dtype bfloat16 (not {dtype}), head dimensions of 32, 64 or 128 (not {D}) and widths "
                              f"(n_embd {C}, mlp_hidden {config.mlp_hidden}) that are multiples of 64; leave it out to decode without")
         self.model, self.engine, self.eps = model, engine, torch.finfo(torch.float32).eps
-        self.rows, self.slots = max(ROWS, engine.width), SLOTS if engine.n_rows == 1 else 0
+        self.slots = SLOTS if engine.n_rows == 1 else 0
         self.group2, self.parts = triton.next_power_of_2(config.n_head // config.n_kv_head), triton.next_power_of_2(C // 16)
         self.chunks = -(-engine.slots // CHUNK)
         if not hasattr(model, "qkv_gate"):
             model.qkv_gate = [self.pack(block.attn, C) for block in model.blocks]
             model.mixes = [(block.resid_lambda.item(), block.x0_lambda.item()) for block in model.blocks]
-        new, rows = functools.partial(torch.zeros, device=device, dtype=dtype), self.rows
+        new, rows = functools.partial(torch.zeros, device=device, dtype=dtype), WIDEST if engine.n_rows == 1 else ROWS
         self.x, self.middle, self.attended = new(rows, C), new(rows, C), new(rows, C)
         self.hidden, self.qkv = new(rows, config.mlp_hidden), new(rows, max(map(len, model.qkv_gate)), dtype=torch.float32)
-        self.logits, self.found = new(rows, config.vocab_size, dtype=torch.float32), new(2, SLOTS, dtype=torch.float32)
+        self.logits, self.found = new(rows, config.vocab_size, dtype=torch.float32), new(2, CHOSEN, dtype=torch.float32)
         self.exp_parts = new(rows, triton.next_power_of_2(-(-config.vocab_size // 64)), dtype=torch.float32)
-        self.chosen = new(SLOTS, dtype=torch.int64)
+        self.chosen = new(CHOSEN, dtype=torch.int64)
         self.x_squares, self.middle_squares = (new(rows, self.parts, dtype=torch.float32) for _ in range(2))
-        self.M = max(16, min(engine.width, ROWS) * self.group2)
+        self.M = max(16, engine.width * self.group2)
         self.partial = new(engine.n_rows * config.n_kv_head, self.chunks, rows // ROWS, self.M, D, dtype=torch.float32)
         self.total = torch.zeros_like(self.partial[..., 0])
         positions = torch.arange(engine.slots, device=device).clamp(max=config.sequence_len - 1)
@@ -374,8 +375,9 @@ class StageKernels:
         return packed
 
     def shape_of(self, k):
-        """(positions of a batch row, tiles of ROWS rows) in a pass of stage k."""
-        return (self.engine.width, self.rows // ROWS) if k else (min(self.engine.width, ROWS), 1)
+        """(positions of a batch row, tiles of ROWS rows) in this pass of stage k."""
+        T = self.engine.width if k else min(self.engine.width, ROWS)        # of stage 0 one position waits, never more
+        return T, -(-T // ROWS)
 
     def multiply(self, k, x, weight, out, squares=None, residual=None, mix=None, out_parts=None, relu2=False, cap=0.0, x_placed=False, out_placed=False):
         """Launch `skinny_matmul` for the rows of stage k."""
@@ -392,7 +394,7 @@ class StageKernels:
     def blocks(N, K):
         """(BLOCK_N, BLOCK_K, SPLIT, stages of the pipeline, PREFETCH) of a product, by measurement on an H100 at the shapes of `3b`."""
         if N <= 3 * K and K % 256 == 0:                                     # few columns: 16 a block, and K in four parts
-            return 16, math.gcd(K // 4, 128), 4, 6 if K > N else 4, 8 if N * K < 2 ** 23 else 8  # AB
+            return 16, math.gcd(K // 4, 128), 4, 6 if K > N else 4, 32 if N <= K else 8
         return 64, math.gcd(K, 128), 1, 4, 8
 
     def run_layers(self, k):
@@ -481,8 +483,8 @@ class Engine:
     the cursor passes it; so rolling back is lowering cursors.
     stream: (stages + 1, B, slots, C): x0, then the boundary activations after each stage, by position. sums: the sum of log p_k so far, by
     position modulo SLOTS for one row, by row for several, which never wait.
-    A pass of a stage has `width` positions a row: ROWS for one row, 1 for several; unused ones lie beyond the cursor. With kernels, a pass
-    of an upper stage has SLOTS where more than ROWS may wait: two tiles of ROWS that read the weights together.
+    A pass of a stage has `width` positions a row: ROWS for one row, 1 for several; unused ones lie beyond the cursor. With kernels, more
+    tiles of ROWS where more wait.
 
     fast: by CUDA kernels and graphs; the same steps, and no step or loop waits for the host.
     """
@@ -490,14 +492,13 @@ class Engine:
     def __init__(self, model, plan, n_rows=1, sampling=Sampling(), fast=False):
         config, device = model.config, model.cos.device
         self.model, self.plan, self.heads, self.n_rows, self.sampling = model, plan, plan.heads, n_rows, sampling
-        self.last, self.slots, many_wait = plan.heads[-1], config.sequence_len + SLACK, plan.adaptive or plan.draft_len >= ROWS
-        self.width = 1 if n_rows > 1 else SLOTS if fast and many_wait else ROWS
+        self.last, self.width, self.slots = plan.heads[-1], ROWS if n_rows == 1 else 1, config.sequence_len + SLACK
         new = functools.partial(torch.zeros, device=device)                  # zeros: 0 times garbage must not be NaN
         self.tokens = new(n_rows, self.slots, dtype=torch.int64)
         self.cursors = new(self.last + 2, ROWS, dtype=torch.int64)[:, :n_rows]       # the kernels read ROWS of them: those beyond have no work
         self.stream = new(self.last + 2, n_rows, self.slots, config.n_embd, dtype=model.compute_dtype)
         self.sums = new(SLOTS if n_rows == 1 else n_rows, config.vocab_size, dtype=torch.promote_types(model.compute_dtype, torch.float32))
-        self.report = new(3, max(SLOTS, n_rows), dtype=torch.float64)       # what a step tells the host: numbers, tokens, log-probabilities
+        self.report = new(3, max(CHOSEN, n_rows), dtype=torch.float64)       # what a step tells the host: numbers, tokens, log-probabilities
         self.noise_rows = new(n_rows, dtype=torch.int64)
         self.batch = torch.arange(n_rows, device=device)[:, None]           # (B, 1)
         self.cache = KVCache(config, n_rows, self.slots, device, model.compute_dtype)
@@ -607,8 +608,8 @@ class Engine:
     def judge_all(self, n):
         """Run the upper stages over n positions, of each row, and choose (and report) what follows each. Returns the places of these, and the tokens."""
         for k in range(1, self.last + 1):
-            for _ in range(0, n, self.width):
-                self.stage(k)
+            for width in self.widths(n):
+                self.wide(k, width)
         after = self.cursors[-1] if n == 1 else self.cursors[-1] + (self.offsets[:n] - (n - 1))
         return after, self.choose(after - 1, len(self.heads))[0]
 
@@ -646,9 +647,20 @@ class Engine:
         self.stage(0)
         self.decide(0)
 
-    def lift(self, k, newest, decides):
+    def widths(self, n):
+        """Positions of a row in the passes that bring a stage up over n: as few passes as can be, each of whole tiles."""
+        widest = WIDEST if self.kernels and self.n_rows == 1 else self.width
+        return [min(widest, -(-left // self.width) * self.width) for left in range(n, 0, -widest)]
+
+    def wide(self, k, width, speak=True):
+        """`stage(k, speak)` over so many positions of a row."""
+        narrow, self.width = self.width, width
+        self.stage(k, speak)
+        self.width = narrow
+
+    def lift(self, k, width, newest, decides):
         """Stage k over waiting positions. It speaks where the `newest` is among them; prefix k + 1 may then decide."""
-        self.stage(k, newest)
+        self.wide(k, width, newest)
         if decides:
             self.decide(k)
 
@@ -710,8 +722,8 @@ class Engine:
     def flush(self):
         """Bring every stage up to stage 0."""
         for k in range(1, self.last + 1):
-            for _ in range(int(self.cursors[1] - self.cursors[k + 1]), 0, -self.width):
-                self.start("lift", k, False, False)
+            for width in self.widths(int(self.cursors[1] - self.cursors[k + 1])):
+                self.start("lift", k, width, False, False)
 
 
 def chances(n, device):
@@ -781,10 +793,10 @@ def generate_adaptive(engine, max_new_tokens):
         while not sure:
             k += 1
             decides = k == engine.last or (len(engine.plan.exits) > 0 and engine.plan.exits[k] < math.inf)     # else it cannot be sure
-            for n in range(waiting[k], 0, -engine.width):
-                newest = n <= engine.width
-                wait = engine.start("lift", k, newest, newest and decides)
-            waiting[k] = 0
+            widths = engine.widths(waiting[k])
+            for width in widths[:-1]:
+                engine.start("lift", k, width, False, False)
+            wait, waiting[k] = engine.start("lift", k, widths[-1], True, decides), 0
             if k == engine.last:
                 run_ahead(left - 1)                                         # it is sure
             if decides:
@@ -844,8 +856,8 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
     if K == 1:
         raise ValueError(f"--mode {mode} needs several stages: {stages}; use --mode full")
     if mode == "speculative":
-        if not 1 <= draft_len < SLOTS:
-            raise ValueError(f"--draft-len {draft_len} must be from 1 to {SLOTS - 1}; --mode full drafts nothing")
+        if not 1 <= draft_len < CHOSEN:
+            raise ValueError(f"--draft-len {draft_len} must be from 1 to {CHOSEN - 1}; --mode full drafts nothing")
         return Plan(range(K), draft_len=draft_len, draft_gate=draft_gate)
     missing = "calibrate this checkpoint first: python evaluate.py RUN"
     if mode == "wand" and not wand_margin:

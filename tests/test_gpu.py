@@ -9,7 +9,9 @@ import torch
 from dataloader import open_data
 from evaluate import Slice, measure, score, summarize
 from model import LOSS_CHUNK_LOGITS, ModelConfig, PoE, attention_backends
+from muon import MuonAdamW
 from sample import Engine, Plan, Sampling, generate
+from train import RECIPES, optimizer_groups
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SHAPE = dict(sequence_len=256, vocab_size=2048, n_layer=8, n_embd=256, n_head=4, n_kv_head=2, mlp_hidden=1024, stage_layers=(2, 2, 2, 2))
@@ -64,6 +66,23 @@ def test_backward_by_stage_holds_one_stages_activations(monkeypatch):
     assert poe < 0.5 * joint, (poe, joint)                      # four equal stages: about a quarter
 
 
+def test_the_compiled_optimizer_moves_weights_as_the_plain_one():
+    def moved(compile):
+        model = make(torch.float32)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = MuonAdamW(optimizer_groups(model, RECIPES["d12"]), compile=compile)
+        generator = torch.Generator("cuda").manual_seed(3)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = 1e-3 * torch.randn(p.shape, device="cuda", generator=generator)
+            optimizer.step()
+        return {name: (p.detach() - before[name]).double().flatten() for name, p in model.named_parameters()}
+    plain, compiled = moved(False), moved(True)
+    for name in plain:                                          # Newton-Schulz in bfloat16 turns rounding into angles
+        cosine = torch.nn.functional.cosine_similarity(plain[name], compiled[name], dim=0).item()
+        assert cosine > 0.999 and abs(compiled[name].norm() / plain[name].norm() - 1) < 1e-3, f"{name}: {cosine:.5f}"
+
+
 @pytest.fixture(scope="module")
 def decoder():
     """A bfloat16 model whose stage 0 often agrees with the product, and a prompt."""
@@ -107,7 +126,7 @@ def test_speculation_in_bfloat16_writes_the_very_tokens_of_plain_decoding(decode
             assert 10 < sum(t.stage == 0 for t in tokens) or plan.draft_gate
 
 
-@pytest.mark.parametrize("plan", [Plan(range(4), exits=(0.3, 0.3, 0.3)), Plan(range(4), forced_lifts=0.05), Plan(range(4), 4)])
+@pytest.mark.parametrize("plan", [Plan(range(4), exits=(0.3, 0.3, 0.3)), Plan(range(4), forced_lifts=0.05), Plan(range(4), 4), Plan(range(4), 20)])
 def test_after_a_flush_the_cache_is_a_teacher_forced_passes(decoder, plan):
     model, prompt = decoder
     with attention_backends("cuda"):

@@ -203,7 +203,6 @@ model = make(torch.float32, sequence_len=60, vocab_size=70, n_layer=3, n_embd=64
 for prompts, draft_len in (([[69, *range(31)]], 2), ([[69, 5, 6], [69, *range(35)], [69]], 0), ([[69, 1]], 17)):
     plan = Plan(range(2), draft_len=draft_len)
     slow, fast = (Engine(model, plan, len(prompts)) for _ in range(2))
-    fast.width = sample.SLOTS if draft_len > 16 else fast.width             # as where many wait on a GPU
     kernels = StageKernels(model, fast)
     for engine in (slow, fast):
         engine.begin(prompts)
