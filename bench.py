@@ -32,8 +32,8 @@ import torch.nn.functional as F
 import model as model_file
 from dataloader import Loader, open_data
 from flags import flag, parse_flags, run
-from model import (PRESETS, Linear, ModelConfig, PoE, attention_backends, choose_device, flops_per_token, get, head_cross_entropy, norm, softcap,
-                   stage_bytes)
+from model import (PRESETS, Linear, ModelConfig, PoE, attention_backends, attention_kernel, choose_device, flops_per_token, get, head_cross_entropy,
+                   norm, softcap, stage_bytes)
 from muon import MuonAdamW
 from sample import Engine, Plan, check_room, decode_timed, make_plan
 from train import RECIPES, optimizer_groups
@@ -341,7 +341,7 @@ def bench_training(config):
                     "mfu_matmul": flops[name] * tokens / seconds / ceiling, "activation_bytes": row.activation_bytes, "peak_bytes": row.peak_bytes,
                     "largest_micro_batch": getattr(row, "largest", None), "first_step_s": row.compile_seconds})
     return {"preset": config.preset, "device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
-            "compile": compile, "total_batch_tokens": tokens, "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
+            "attention": attention_kernel(shape, device, dtype), "compile": compile, "total_batch_tokens": tokens, "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
             "loader_tokens_per_s": loader_rate(open_data("", shape.vocab_size).train(shape.sequence_len, config.seed), config.device_batch_size),
             "matmul_flops_per_s": ceiling, "nominal_flops_per_s": NOMINAL_FLOPS if on_cuda else None, "variants": out}
 
@@ -536,7 +536,7 @@ def main(argv=None):
     with attention_backends(choose_device(config.device, config.dtype)[0]):
         result = bench_training(config)
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {config.preset}, {config.total_batch_tokens:,} tokens a step in micro-batches of "
-          f"{config.device_batch_size} sequences; {config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s")
+          f"{config.device_batch_size} sequences; {config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s; attention by {result['attention']}")
     print(training_table(result))
     print(json.dumps(result))
 

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.backends import cuda as cuda_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SOFTCAP = 15.0          # logits are squashed into (-15, 15)
@@ -204,6 +205,17 @@ def attention_backends(device):
         return nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
+
+
+def attention_kernel(config, device, dtype):
+    """The kernel that attention runs by in training under `attention_backends`: cudnn, flash, efficient or math; elsewhere the device's name."""
+    if device.type != "cuda":
+        return device.type
+    q, kv = (torch.empty(1, n, config.sequence_len, config.head_dim, device=device, dtype=dtype, requires_grad=True) for n in (config.n_head, config.n_kv_head))
+    params = cuda_backend.SDPAParams(q, kv, kv, None, 0.0, True, config.n_head != config.n_kv_head)
+    usable = {"cudnn": cuda_backend.can_use_cudnn_attention, "flash": cuda_backend.can_use_flash_attention,
+              "efficient": cuda_backend.can_use_efficient_attention}
+    return next((name for name, can_use in usable.items() if can_use(params)), "math")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ from torch.nn.utils import get_total_norm
 from dataloader import Loader, open_data, validation_windows
 from evaluate import read_log, score, slice_text, summarize, write_json
 from flags import Ranks, flag, check_types, parse_flags, run
-from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, checkpoint_steps, choose_device, count_parameters,
-                   flops_per_token, load_tensors, read_json, parameter_group, read_record, sha256_of, verify_checkpoint)
+from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps, choose_device,
+                   count_parameters, flops_per_token, load_tensors, read_json, parameter_group, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
 from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
 
@@ -683,11 +683,12 @@ def main(argv=None):
             log_file.write(json.dumps(entry) + "\n")
 
     header = {"config": record["train"], "phases": rows, "commit": git_commit(), "torch": torch.__version__, "world_size": ranks.world_size,
-              "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu x {torch.get_num_threads()}", "params_total": sum(params.values())}
+              "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu x {torch.get_num_threads()}",
+              "attention": attention_kernel(model_config, device, dtype), "params_total": sum(params.values())}
     log(kind="header", step=step, **header)
     say(json.dumps(header))
     say(f"{sum(params.values()):,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
-        f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}")
+        f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}, attention by {header['attention']}")
 
     def validate():
         """Score the validation windows of every slice, log and print; return the metrics of the present data's."""
