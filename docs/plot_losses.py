@@ -22,7 +22,7 @@ for log, style in zip(logs, ("-", "--", ":", "-.")):
         smooth.append(line["losses"] if not smooth else [0.9 * a + 0.1 * b for a, b in zip(smooth[-1], line["losses"])])
     K = len(smooth[0])
     for k in range(K):
-        left.plot([line["step"] for line in steps], [s[k] for s in smooth], style, lw=1, color=str(0.75 * (1 - (k + 1) / K)), label=f"{name} s{k}")
+        left.plot([line["step"] for line in steps], [s[k] for s in smooth], style, lw=1, color=str(0.75 * (1 - (k + 1) / K)), label=f"{name} s{k}" if K > 1 else name)
     final = [line for line in lines if line["kind"] == "val"][-1]["bpb"]
     right.plot([*(f"s{k}" for k in range(K)), "full"] if K > 1 else ["s3", "full"], [*final["single"], final["full"]] if K > 1 else [final["full"]] * 2,
                style, marker="o", ms=4, color="black", label=name)
