@@ -567,8 +567,11 @@ def whole(metrics):
     K = len(single) if isinstance(single, list) else 0
     numbers = [metrics.get("step"), *(get(metrics, path) for path in (("bpb", "full"), ("accuracy", "full"), ("crossover_gap",)))]
     lists = [get(metrics, path) for path in (("bpb", "single"), ("bpb", "prefix"), ("accuracy", "single"))]
+    sha, *counts = [get(metrics, ("settings", name)) for name in ("slice_sha256", "split_tokens", "wand_tokens")]
     return (metrics.get("format") == FORMAT and K > 0 and all(isinstance(x, (int, float)) for x in numbers)
             and all(isinstance(found, list) and len(found) == K and None not in found for found in lists)
+            and isinstance(metrics.get("tokens"), (int, type(None)))
+            and (sha is None or (isinstance(sha, str) and all(isinstance(n, int) for n in counts)))
             and all(isinstance(metrics.get(name), dict) for name in ("bpb", "accuracy", "alpha_sweep"))
             and all(isinstance(metrics.get(name), (dict, type(None))) and figures(metrics.get(name), "")
                     for name in ("bpb", "accuracy", "alpha_sweep", "wand", "routing", "speculative", "facts", "train_log_bpb"))
@@ -946,15 +949,14 @@ def notes(rows, reading):
 
 def schedule_table(phases, record):
     """The card's table of the schedule's parameters, newest phase first."""
-    train, T = record.get("train") or {}, get(record, ("model", "sequence_len"))
-    batches = [row.get("batch") for row in record.get("phases") or []]
-    rows = [["token budget", *(scaled(p.num_steps * batch * T) if T and batch else "—" for p, batch in zip(phases, batches))]]
+    T, batches = get(record, ("model", "sequence_len")), [row.get("batch") for row in record.get("phases") or []]
+    rows = [["token budget", *(scaled(p.num_steps * batch * T) if isinstance(batch, int) and isinstance(T, int) else "—" for p, batch in zip(phases, batches))]]
     for text, value in (("total steps in phase", lambda p: f"{p.num_steps:,}"), ("warmup steps", lambda p: f"{p.warmup_steps:,}"),
                         ("peak `lrm`", lambda p: f"{p.peak_lrm:g}"), ("warmdown ratio", lambda p: f"{p.warmdown_ratio:g}"),
                         ("final `lrm`", lambda p: f"{p.final_lrm:g}"), ("anchor step", lambda p: f"{p.anchor:,}")):
         rows.append([text, *map(value, phases)])
-    rows += [[f"effective `{name}` peak", *(f"{train[name] * p.peak_lrm:g}" for p in phases)]
-             for name in ("matrix_lr", "embedding_lr", "unembedding_lr") if name in train]
+    rates = {name: get(record, ("train", name)) for name in ("matrix_lr", "embedding_lr", "unembedding_lr")}
+    rows += [[f"effective `{name}` peak", *(f"{rate * p.peak_lrm:g}" for p in phases)] for name, rate in rates.items() if isinstance(rate, (int, float))]
     return markdown(["param", *(f"phase {i + 1}" for i in reversed(range(len(phases))))], [[row[0], *reversed(row[1:])] for row in rows])
 
 
