@@ -713,9 +713,14 @@ def read_record(path):
 def load_tensors(path):
     """Tensors of a file that torch.save wrote, mapped on the CPU. Executes nothing (weights_only). Raises ValueError where it is not one."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} is not a file of tensors: {str(e).splitlines()[0]}; use another step") from None
+    values = [x for value in tensors.values() for x in (value.values() if isinstance(value, dict) else [value])] if isinstance(tensors, dict) else [None]
+    odd = [x for x in values if not isinstance(x, (torch.Tensor, int)) or (isinstance(x, torch.Tensor) and (x.is_meta or x.layout != torch.strided))]
+    if odd:
+        raise ValueError(f"{path} holds something else than dense tensors by name; use another step")
+    return tensors
 
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
