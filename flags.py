@@ -65,7 +65,8 @@ class Ranks:
     Raises ValueError where the environment is not torchrun's.
     """
 
-    current = None      # the one that this process made, for `run`
+    current = None      # the one that this process made and has not closed, for `run`
+    made = False        # whether it ever made one
 
     def __init__(self):
         try:
@@ -78,10 +79,11 @@ class Ranks:
             return
         import torch                                                        # not needed by a script that is only asked for --help
         from torch import distributed
+        Ranks.made = True
         self.distributed = distributed
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        keeps_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun's agent does elsewhere
-        store = distributed.TCPStore(*place, is_master=keeps_store, wait_for_workers=False)
+        self.keeps_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun's agent does elsewhere
+        store = distributed.TCPStore(*place, is_master=self.keeps_store, wait_for_workers=False)
         meeting = self._meet(store)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=self.rank, world_size=self.world_size,
                                        store=distributed.PrefixStore(meeting, store))
@@ -213,11 +215,14 @@ class Ranks:
         return [self.names[rank] for rank, silence in silent.items() if silence > 4 * BEAT]
 
     def close(self):
-        """Leave: the others no longer wait to hear of this rank."""
+        """Leave: the others no longer wait to hear of this rank. Who keeps the store waits some seconds for them to leave it."""
         if self.world_size > 1:
             self.stop_watching()
             with contextlib.suppress(RuntimeError):                         # where rank 0 keeps the store, it may be gone already
                 self._beat("end")
+                end, ranks = time.monotonic() + 5 * BEAT, [str(r) for r in range(self.world_size)]
+                while self.keeps_store and {*self.store.multi_get(ranks)} != {b"end"} and time.monotonic() < end:
+                    time.sleep(0.02)
             self.distributed.destroy_process_group()
             Ranks.current = None
 
@@ -227,7 +232,7 @@ def run(main):
 
     ValueError and OSError are what wrong flags, files and checkpoints raise here; anything else is our bug and keeps its traceback.
     """
-    name = os.path.basename(sys.argv[0]) + (f": rank {_rank()}" if _rank() else "")
+    name, code = os.path.basename(sys.argv[0]) + (f": rank {_rank()}" if _rank() else ""), 0
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that is not UTF-8 shall not end a run
     try:
@@ -235,20 +240,26 @@ def run(main):
         print(end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader left: nothing more to say
-        sys.exit(0)
+    except SystemExit as done:
+        code = done.code or 0
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        if Ranks.current:
-            Ranks.current.stop_watching()
-        sys.exit(2)
+        code = 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
             print(f"{name}: error: out of memory; lower --device-batch-size, --num-samples or the model's size", file=sys.stderr)
-            sys.exit(2)
-        if not Ranks.current or not (dead := Ranks.current.dead()):
+            code = 2
+        elif Ranks.current and (dead := Ranks.current.dead()):
+            print(f"{name}: error: {', '.join(dead)} died; this rank ends too (--resume goes on from the last checkpoint)", file=sys.stderr)
+            code = 1
+        else:
             raise
-        print(f"{name}: error: {', '.join(dead)} died; this rank ends too (--resume goes on from the last checkpoint)", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    if Ranks.made:                                              # threads of the collectives may abort a process that takes its interpreter down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
