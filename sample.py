@@ -565,13 +565,15 @@ class Engine:
         self.report[1, :len(tokens)] = tokens
         self.report[2, :len(tokens)] = log_probs
 
-    def stage(self, k, speak=True):
+    def stage(self, k, speak=True, width=None):
         """Run stage k over its next waiting positions, at most `width`; where it speaks, add log p_k to their sums. Moves its cursor."""
-        by = self.kernels or self
+        by, usual = self.kernels or self, self.width
+        self.width = width or usual
         by.run_layers(k)
         if speak and k in self.heads:
             by.speak(k)
         by.advance(k)
+        self.width = usual
         self.passes[k] += 1
 
     def choose(self, positions, n_experts):
@@ -609,7 +611,7 @@ class Engine:
         """Run the upper stages over n positions, of each row, and choose (and report) what follows each. Returns the places of these, and the tokens."""
         for k in range(1, self.last + 1):
             for width in self.widths(n):
-                self.wide(k, width)
+                self.stage(k, width=width)
         after = self.cursors[-1] if n == 1 else self.cursors[-1] + (self.offsets[:n] - (n - 1))
         return after, self.choose(after - 1, len(self.heads))[0]
 
@@ -652,15 +654,9 @@ class Engine:
         widest = WIDEST if self.kernels and self.n_rows == 1 else self.width
         return [min(widest, -(-left // self.width) * self.width) for left in range(n, 0, -widest)]
 
-    def wide(self, k, width, speak=True):
-        """`stage(k, speak)` over so many positions of a row."""
-        narrow, self.width = self.width, width
-        self.stage(k, speak)
-        self.width = narrow
-
     def lift(self, k, width, newest, decides):
         """Stage k over waiting positions. It speaks where the `newest` is among them; prefix k + 1 may then decide."""
-        self.wide(k, width, newest)
+        self.stage(k, newest, width)
         if decides:
             self.decide(k)
 
