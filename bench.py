@@ -172,6 +172,8 @@ class BenchConfig:
         unknown = set(self.variants.split(",")) - set(VARIANTS)
         if unknown:
             raise ValueError(f"--variants {self.variants} has {sorted(unknown)[0]!r}; choose from {', '.join(VARIANTS)}")
+        if self.largest and not self.optimizer:
+            raise ValueError("--largest looks beside the optimizer's state; leave --no-optimizer out")
         for name in ("device_batch_size", "bench_repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")

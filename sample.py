@@ -9,13 +9,13 @@ Generate text from a checkpoint: from the full product, one stage, a prefix, wit
 A prompt is always encoded as bos + ordinary text; an empty one is bos alone. Generation stops at bos, which begins the next document.
 
 One engine serves all modes: a cursor per stage. Stage 0 runs ahead; when the product's word is needed, the stages above it run over the
-positions that wait, all in one pass of at most ROWS rows. Rolling back is moving cursors; what lies beyond a cursor is garbage that nothing
+positions that wait, in one pass if they can. Rolling back is moving cursors; what lies beyond a cursor is garbage that nothing
 reads. Plain decoding is speculation with a draft of nothing:
 
     cycle(n): n passes of stage 0, each but the last choosing the next token from stage 0 alone; one pass of stages 1 .. K-1 over the n
               positions; the product chooses a token after each; the first that differs from its draft replaces it, the rest is dropped.
 
-So n stage-0 passes and one pass of the rest give 1 to n tokens. Every pass of a stage has the same number of rows, some of them unused,
+So n stage-0 passes and one pass of the rest give 1 to n tokens. A pass consists of tiles of the same number of rows, some of them unused,
 and every row is computed by itself: a position's bits do not depend on what is computed beside it. That is why speculation writes the
 very tokens of plain decoding, in bfloat16 too. Noise is a function of (seed, row, position, token), added to log-probabilities (Gumbel;
 coupled drafts after Daliri, Musco and Suresh, arXiv 2408.07978), so the same holds at any temperature.
@@ -53,7 +53,7 @@ except ImportError:             # it comes with torch's CUDA builds; nothing els
         constexpr = None
 
 MODES = ("full", "single", "prefix", "wand", "routing", "speculative")
-ROWS = 16                       # rows of every pass of an upper stage: a tile of the tensor cores
+ROWS = 16                       # rows of a tile, of the tensor cores; every pass of an upper stage has whole ones
 WIDEST = 4 * ROWS               # rows of the kernels' widest pass: so many tiles read the weights together
 SLOTS = WIDEST                  # positions whose sum of log-probabilities is kept
 CHOSEN = 2 * ROWS               # positions after which tokens are chosen at once, at most
@@ -374,14 +374,13 @@ class StageKernels:
             start += len(linear.weight)
         return packed
 
-    def shape_of(self, k):
-        """(positions of a batch row, tiles of ROWS rows) in this pass of stage k."""
-        T = self.engine.width if k else min(self.engine.width, ROWS)        # of stage 0 one position waits, never more
-        return T, -(-T // ROWS)
+    def shape(self):
+        """(positions of a batch row, tiles of ROWS rows) of this pass."""
+        return self.engine.width, -(-self.engine.width // ROWS)
 
     def multiply(self, k, x, weight, out, squares=None, residual=None, mix=None, out_parts=None, relu2=False, cap=0.0, x_placed=False, out_placed=False):
         """Launch `skinny_matmul` for the rows of stage k."""
-        engine, (N, K), (T, tiles) = self.engine, weight.shape, self.shape_of(k)
+        engine, (N, K), (T, tiles) = self.engine, weight.shape, self.shape()
         block_n, block_k, split, num_stages, prefetch = self.blocks(N, K)
         skinny_matmul[(tiles, -(-N // block_n))](
             x, weight, out, squares, residual, engine.stream[0], out_parts, engine.cursors[k + 1], engine.cursors[k], *(mix or (0.0, 0.0)),
@@ -400,7 +399,7 @@ class StageKernels:
     def run_layers(self, k):
         """As `Engine.run_layers`."""
         engine, config, model, layers = self.engine, self.model.config, self.model, self.model.layers_of_stage[k]
-        begin, end, G, (T, tiles) = engine.cursors[k + 1], engine.cursors[k], config.n_head // config.n_kv_head, self.shape_of(k)
+        begin, end, G, (T, tiles) = engine.cursors[k + 1], engine.cursors[k], config.n_head // config.n_kv_head, self.shape()
         enter_stage[(engine.n_rows * T,)](
             engine.tokens, model.wte.weight, engine.stream[k], engine.stream[0], self.x, self.x_squares, begin, end, *model.mixes[layers[0]],
             engine.slots, C=config.n_embd, C2=triton.next_power_of_2(config.n_embd), T=T, PARTS=self.parts, FIRST=k == 0, EPS=self.eps, launch_pdl=True)
@@ -422,7 +421,7 @@ class StageKernels:
 
     def speak(self, k):
         """As `Engine.speak`."""
-        engine, V, (T, tiles) = self.engine, self.model.config.vocab_size, self.shape_of(k)
+        engine, V, (T, tiles) = self.engine, self.model.config.vocab_size, self.shape()
         self.multiply(k, engine.stream[k + 1], self.model.head_weight(k), self.logits, squares=self.x_squares, cap=SOFTCAP,
                       out_parts=self.exp_parts, x_placed=True)
         add_log_probs[(-(-V // 512), tiles)](
@@ -431,7 +430,7 @@ class StageKernels:
 
     def advance(self, k):
         """As `Engine.advance`."""
-        advance[(self.engine.n_rows,)](self.engine.cursors[k + 1], self.engine.cursors[k], T=self.shape_of(k)[0], num_warps=1, launch_pdl=True)
+        advance[(self.engine.n_rows,)](self.engine.cursors[k + 1], self.engine.cursors[k], T=self.shape()[0], num_warps=1, launch_pdl=True)
 
     def best(self, positions, n_experts):
         """As `Engine.best`."""

@@ -25,7 +25,8 @@ means = {name: [sum(step) / len(step) for step in of[:n]] for name, (of, _) in r
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 print(f"| run | validation bpb, full | training loss, mean of the last 20 steps | largest difference from {first} at a step | mean difference | its standard deviation |")
 print("| --- |" + " ---: |" * 5)
-for (name, mean), style, shade in zip(means.items(), ("-", "--", ":"), ("0.0", "0.35", "0.6")):
+for number, (name, mean) in enumerate(means.items()):
+    style, shade = ("-", "--", ":", "-.")[number % 4], str(0.7 * number / len(means))
     apart = [a - b for a, b in zip(mean, means[first])]
     center = sum(apart) / n
     spread = (sum((d - center) ** 2 for d in apart) / n) ** 0.5
@@ -33,7 +34,7 @@ for (name, mean), style, shade in zip(means.items(), ("-", "--", ":"), ("0.0", "
     left.plot(range(n), mean, style, color=shade, lw=1.2, label=name)
     if name != first:
         right.plot(range(n), apart, style, color=shade, lw=1, label=f"{name} − {first}")
-left.set(xlabel="step", ylabel="training loss, nats per token, mean of the stages")
+left.set(xlabel="step", ylabel="training loss, nats per token")
 right.set(xlabel="step", ylabel="difference, nats")
 left.legend(fontsize=8)
 right.legend(fontsize=8)
