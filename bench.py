@@ -321,6 +321,7 @@ def bench_training(config):
         say(f"optimizer of {name}: {', '.join(f'{1e3 * seconds:.0f}' for seconds in times)} ms")
         rows[name].optimizer_seconds = statistics.median(times[2:])         # the first ones compile and make the state
         if config.largest and on_cuda:                                      # beside weights, gradients and the optimizer's state, as in training
+            clear()
             free = torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated() - sum(4 * p.numel() for p in m.parameters())
 
             def one_step(n):

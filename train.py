@@ -17,7 +17,7 @@ RUN/log.jsonl holds every step and every validation; RUN/step-XXXXX/ are the che
 state.json, the tokenizer, and manifest.json with the sha256 of each. A checkpoint appears whole or not at all. RUN must be on a file
 system that all ranks share.
 
-Training time excludes validation and saving. Ctrl-C or SIGTERM saves at the next step boundary and exits; a second one stops at once
+Training time excludes validation and saving. Ctrl-C or SIGTERM saves at the next step boundary and exits; a second Ctrl-C stops at once
 (under torchrun it is ignored). torchrun's own restarts resume. Order of precedence: defaults < preset < checkpoint < flags.
 """
 import fcntl
@@ -29,6 +29,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -590,10 +591,13 @@ def main(argv=None):
             print(text, flush=True)
 
     def on_signal(number, frame):
-        say(f"{signal.Signals(number).name}: saving at the next step boundary")
+        if main_rank:
+            os.write(1, f"{signal.Signals(number).name}: saving at the next step boundary\n".encode())     # print is not reentrant
         stop.append(number)
-        if ranks.world_size == 1:                                           # torchrun sends a second one by itself
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT and ranks.world_size == 1:               # SIGTERM comes twice by itself from `timeout` and schedulers
+            signal.signal(number, signal.default_int_handler)
+        if "torch._inductor.config" in sys.modules:                         # Inductor's workers may have died of the same signal, and what is
+            sys.modules["torch._inductor.config"].compile_threads = 1       # still to compile would wait for them for ever (pytorch #189290)
 
     with ranks.together():
         # config

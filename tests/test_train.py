@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -158,14 +159,17 @@ def test_resuming_a_finished_run_reports_again_and_changes_nothing(trained, tmp_
     assert (run / "step-00006" / "manifest.json").read_bytes() == before
 
 
-def test_interrupting_leaves_a_usable_checkpoint_and_exits_cleanly(data, trained, tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])       # `timeout` and schedulers send SIGTERM twice
+def test_interrupting_leaves_a_usable_checkpoint_and_exits_cleanly(signals, data, trained, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--data", data, "--out", run, "--num-steps", "100000"],
                                stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if line.startswith("step:"):
             break
-    process.send_signal(signal.SIGINT)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.01)                                        # two of a kind at once are one
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and f"--resume {run}" in out
     newest = checkpoint_steps(run)[-1]
