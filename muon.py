@@ -37,39 +37,18 @@ STACK_ELEMENTS = 2 ** 26    # matrices of one shape are orthogonalised together,
 def orthogonalize(G):
     """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately.
 
-    With G = U S V^T and X scaled to spectral norm <= 1, an iteration is X <- (a I + Z) X with Z = b A + c A^2 and A = X X^T. Where X is
-    wide, two iterations share one pass over it: A and the product of their factors are carried on as (m, m) matrices (Gram
-    Newton-Schulz of Zhang, Amsel, Chen and Dao, dao-lab.ai/blog/2026/gram-newton-schulz), which for more than two costs precision.
-    Computed and returned in float16 on CUDA (entries stay below 5, so its mantissa serves better than bfloat16's), else in the dtype of G.
+    Runs in bfloat16 on CUDA, where that is fast and enough, and in the dtype of G elsewhere, which it returns.
+    With G = U S V^T and X scaled to spectral norm <= 1, an iteration is X <- a X + (b A + c A^2) X, A = X X^T.
     """
-    tall = G.size(-2) > G.size(-1)
-    X = (G.mT if tall else G).reshape(-1, *sorted(G.shape[-2:]))            # (B, m, n), m <= n: iterate on the smaller Gram matrix
-    half = torch.empty_like(X, dtype=torch.float16 if G.is_cuda else None)
-    X = torch.div(X, X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6, out=half)
-    together = 2 if is_wide(X.shape[-2:]) else 1
-    for start in range(0, len(POLAR_EXPRESS), together):
+    X = G.bfloat16() if G.is_cuda else G
+    tall = X.size(-2) > X.size(-1)
+    X = (X.mT if tall else X).reshape(-1, *sorted(X.shape[-2:]))            # (B, m, n), m <= n: iterate on the smaller Gram matrix
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT                                                        # (B, m, m)
-        a, b, c = POLAR_EXPRESS[start]
-        Z = torch.baddbmm(A, A, A, beta=b, alpha=c)                         # b A + c A^2, without a pass of its own over A
-        for a2, b2, c2 in POLAR_EXPRESS[start + 1:start + together]:
-            AZ = torch.baddbmm(A, A, Z, beta=a)
-            A = torch.baddbmm(AZ, AZ, Z, beta=a)                            # of the new X: (a I + Z) A (a I + Z), which commute
-            Z2 = torch.baddbmm(A, A, A, beta=b2, alpha=c2)
-            Z = torch.baddbmm(a2 * Z + a * Z2, Z, Z2)                       # (a I + Z) (a2 I + Z2) - a a2 I
-            a = a * a2
-        X = torch.baddbmm(X, Z, X, beta=a)
-    return (X.mT if tall else X).reshape(G.shape)
-
-
-def is_wide(shape):
-    """Whether two iterations at a time cost `orthogonalize` fewer FLOPs and are worth their lower precision."""
-    return max(shape) > 2 * min(shape)
-
-
-def newton_schulz_flops(shape):
-    """Multiplications and additions of `orthogonalize` for one matrix."""
-    m, n = sorted(shape)
-    return 12 * m * m * n + 22 * m ** 3 if is_wide(shape) else 20 * m * m * n + 10 * m ** 3
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)                         # b A + c A^2, without a pass of its own over A
+        X = torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
 def elementwise(compile, function, tensors, numbers):
@@ -126,7 +105,7 @@ def assign_owners(groups, world_size):
         cost = {}
         for group in groups:
             for name, p in group["params"].items() if group["kind"] == kind else ():
-                cost[name] = newton_schulz_flops(p.shape) if kind == "muon" else p.numel()
+                cost[name] = p.numel() * (min(p.shape) if kind == "muon" else 1)    # Newton-Schulz is O(m n min(m, n))
         load = [0] * world_size
         for name in sorted(cost, key=lambda name: (-cost[name], name)):
             owner[name] = load.index(min(load))

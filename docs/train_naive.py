@@ -3,8 +3,7 @@ Train with the naive PoE step in place of `PoE.backward_by_stage`, to compare lo
 
     python docs/train_naive.py --preset d12 --data DATA --num-steps 200 --out runs/naive
 
-Two matmuls a head, all logits at once, autograd through the loss, one backward over all stages, weights cast in every micro-batch,
-Newton-Schulz one iteration at a time.
+Two matmuls a head, all logits at once, autograd through the loss, one backward over all stages, weights cast in every micro-batch.
 """
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench
-import muon
 import train
 from flags import run
 from model import PoE
@@ -23,7 +21,6 @@ def backward_by_stage(self, idx, targets, scale, last=True):
 
 
 PoE.backward_by_stage, PoE.cast_weights = backward_by_stage, lambda self: None
-muon.is_wide = lambda shape: False
 
 if __name__ == "__main__":
     run(train.main)

@@ -9,52 +9,30 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
-import muon
 from model import PRESETS, PoE, parameter_group
-from muon import POLAR_EXPRESS, MuonAdamW, adamw_update, assign_owners, muon_update, newton_schulz_flops, orthogonalize
+from muon import POLAR_EXPRESS, MuonAdamW, adamw_update, assign_owners, muon_update, orthogonalize
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (5, 32, 64), (32, 200)])
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (5, 32, 64)])
 def test_orthogonalized_gaussians_have_singular_values_near_one(shape):
     values = torch.stack([torch.linalg.svdvals(orthogonalize(randn(*shape, seed=s).float())) for s in range(50)])
     assert 0.858 < values.min() and values.max() < 1.142, (values.min(), values.max())   # the polynomial's band for inputs >= 0.002
 
 
-@pytest.mark.parametrize("shape", [(7, 11), (7, 44)])           # one iteration at a time, and two
-def test_orthogonalize_equals_the_iteration_on_singular_values(shape):
+def test_orthogonalize_equals_the_iteration_on_singular_values():
     """Each iteration maps a singular value s to a s + b s^3 + c s^5 and leaves the singular vectors alone."""
-    G = randn(*shape)
+    G = randn(7, 11)
     U, s, Vt = torch.linalg.svd(G, full_matrices=False)
     s = s / (s.square().sum().sqrt() * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         s = a * s + b * s ** 3 + c * s ** 5
     assert (orthogonalize(G) - U * s @ Vt).abs().max() < 1e-10
     assert (orthogonalize(G.mT) - (U * s @ Vt).mT).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("spectrum", ["even", "1 / i", "exp(-12 i / m)"])
-def test_float16_and_two_iterations_at_a_time_are_more_precise_than_bfloat16_and_one(spectrum, monkeypatch):
-    """CUDA computes in float16; wide matrices of spectra that decay are the hard case (small singular values drown in rounding)."""
-    m, i = 128, torch.arange(128, dtype=torch.float64)
-    values = {"even": torch.ones(m, dtype=torch.float64), "1 / i": 1 / (1 + i), "exp(-12 i / m)": torch.exp(-12 * i / m)}[spectrum]
-    G = torch.linalg.qr(randn(m, m))[0] * values @ torch.linalg.qr(randn(6 * m, m, seed=1))[0].mT
-    exact = orthogonalize(G)
-    ours = (orthogonalize(G.half()).double() - exact).norm()
-    monkeypatch.setattr(muon, "is_wide", lambda shape: False)
-    assert ours < (orthogonalize(G.bfloat16()).double() - exact).norm()
-
-
-@pytest.mark.parametrize("shape", [(32, 64), (200, 32)])
-def test_newton_schulz_flops_are_counted(shape):
-    with FlopCounterMode(display=False) as counter:
-        orthogonalize(randn(*shape))
-    assert newton_schulz_flops(shape) == counter.get_total_flops()
 
 
 def test_muon_matches_torch_optim_muon_up_to_the_orthogonalisation():
@@ -151,7 +129,7 @@ def test_owners_of_3b_on_12_ranks_are_balanced():
               dict(kind="adamw", params={n: p for n, p in params.items() if parameter_group(n) != "matrices"})]
     owner = assign_owners(groups, 12)
     assert set(owner) == set(params) and set(owner.values()) == set(range(12))
-    load = [sum(newton_schulz_flops(p.shape) for n, p in groups[0]["params"].items() if owner[n] == r) for r in range(12)]
+    load = [sum(p.numel() * min(p.shape) for n, p in groups[0]["params"].items() if owner[n] == r) for r in range(12)]
     assert max(load) / (sum(load) / 12) < 1.02
 
 
