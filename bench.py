@@ -4,6 +4,7 @@ Benchmarks: what a training step costs, and how fast decoding is.
     python bench.py --preset 3b                                 # forward + backward of every variant side by side, then the optimizers
     NANOCHAT_DIR=../nanochat python bench.py --preset 3b        # nanochat's model and optimizer at the same shape beside them
     python bench.py --preset 3b --largest --variants poe,bp     # the largest micro-batch that fits
+    python bench.py --preset 3b --variants poe,poe:8,bp,bp:8    # micro-batches of 4 sequences (--device-batch-size) and of 8
     python sample.py runs/tiny --bench                          # decoding: a trained checkpoint, in every mode that it has what it needs for
     python sample.py --bench --preset 3b --forced-acceptance 0.985 --forced-lifts 0.05      # decoding: random weights, speed alone
 
@@ -44,6 +45,7 @@ from train import RECIPES, optimizer_groups
 
 NOMINAL_FLOPS = 989e12          # bf16 of an H100 or H200 SXM, dense, by its data sheet
 VARIANTS = ("poe", "bp", "naive", "two-matmuls", "whole-logits", "one-backward", "cast-each-pass", "stage-major")
+WITH_OPTIMIZER = ("poe", "bp", "nanochat")      # the others have poe's
 
 
 def head_gradient(model, k, normed, targets, scale, merged, chunked):
@@ -157,7 +159,7 @@ def nanochat_model(folder, config, device, compile):
 @dataclass(frozen=True)
 class BenchConfig:
     preset: str = flag("3b", "shape of the model", choices=tuple(PRESETS))
-    variants: str = flag(",".join(VARIANTS), "which ones, in this order; nanochat joins where NANOCHAT_DIR is set")
+    variants: str = flag(",".join(VARIANTS + ("nanochat",) * bool(os.environ.get("NANOCHAT_DIR"))), "which ones, in this order, with :N in micro-batches of N sequences; nanochat, the last by default, needs NANOCHAT_DIR")
     total_batch_tokens: int = flag(65536, "tokens of an optimizer step")
     device_batch_size: int = flag(4, "sequences in a forward and backward pass")
     bench_repeats: int = flag(5, "timed rounds")
@@ -169,18 +171,27 @@ class BenchConfig:
     compile: bool = flag(None, "compile (default: on cuda)")
 
     def __post_init__(self):
-        unknown = set(self.variants.split(",")) - set(VARIANTS)
-        if unknown:
-            raise ValueError(f"--variants {self.variants} has {sorted(unknown)[0]!r}; choose from {', '.join(VARIANTS)}")
+        for name, size in self.labels().values():
+            if name not in (*VARIANTS, "nanochat"):
+                raise ValueError(f"--variants {self.variants} has {name!r}; choose from {', '.join(VARIANTS)}, nanochat")
+            tokens = size * PRESETS[self.preset].sequence_len
+            if size < 1 or self.total_batch_tokens < tokens or self.total_batch_tokens % tokens:
+                raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
+                                 f"(--device-batch-size {self.device_batch_size}, or :N in --variants {self.variants}, x {PRESETS[self.preset].sequence_len})")
+        names = [name for name, _ in self.labels().values()]
+        if "nanochat" in names and not os.environ.get("NANOCHAT_DIR"):
+            raise ValueError("--variants nanochat needs the environment variable NANOCHAT_DIR: a checkout of nanochat")
+        if "nanochat" in names and self.largest:
+            raise ValueError("--largest fills the memory, of which nanochat's weights would take their part; leave it out of --variants")
         if self.largest and not self.optimizer:
             raise ValueError("--largest looks beside the optimizer's state; leave --no-optimizer out")
-        for name in ("device_batch_size", "bench_repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        tokens = self.device_batch_size * PRESETS[self.preset].sequence_len
-        if self.total_batch_tokens < tokens or self.total_batch_tokens % tokens:
-            raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
-                             f"(--device-batch-size {self.device_batch_size} x {PRESETS[self.preset].sequence_len})")
+        if self.bench_repeats < 1:
+            raise ValueError(f"--bench-repeats {self.bench_repeats} must be at least 1")
+
+    def labels(self):
+        """{label: (variant, sequences in a micro-batch)} of --variants; 0 sequences where there is no number behind the colon."""
+        parts = {label: label.partition(":") for label in self.variants.split(",")}
+        return {label: (name, (int(size) if size.isdecimal() else 0) if colon else self.device_batch_size) for label, (name, colon, size) in parts.items()}
 
 
 def matmul_rate(device, dtype):
@@ -258,12 +269,10 @@ def bench_training(config):
              "naive": (model, trial_step, dict(merged=False, chunked=False, per_stage=False)), "two-matmuls": (model, trial_step, dict(merged=False)),
              "whole-logits": (model, trial_step, dict(chunked=False)), "one-backward": (model, trial_step, dict(per_stage=False)),
              "cast-each-pass": (model, real_step, {}), "stage-major": (model, trial_step, dict(stage_major=True))}
-    steps = {name: steps[name] for name in config.variants.split(",")}
     flops = {name: flops_per_token(m.config) for name, (m, _, _) in steps.items()}
-    if folder := os.environ.get("NANOCHAT_DIR"):
-        if config.largest:
-            raise ValueError("--largest fills the memory, of which nanochat's weights would take their part; unset NANOCHAT_DIR")
-        nanochat, nanochat_optimizer, flops["nanochat"] = nanochat_model(folder, shape, device, compile)
+    labels = config.labels()
+    if "nanochat" in (name for name, _ in labels.values()):
+        nanochat, nanochat_optimizer, flops["nanochat"] = nanochat_model(os.environ["NANOCHAT_DIR"], shape, device, compile)
 
         def nanochat_step(m, batches, scale):
             for idx, targets in batches:
@@ -282,8 +291,9 @@ def bench_training(config):
         if on_cuda:
             torch.cuda.empty_cache()
 
-    def measure(name, data):
+    def measure(label, data):
         """(seconds, activation bytes, peak bytes) of one step; gradients are there before it and do not count as activations."""
+        name, _ = labels[label]
         m, step, switches = steps[name]
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -294,19 +304,21 @@ def bench_training(config):
         step(m, data, 1 / config.total_batch_tokens, **switches)
         seconds = clock(device) - start
         return seconds, *((torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated()) if on_cuda else (None, None))
-    rows, data = {name: SimpleNamespace(times=[]) for name in steps}, batches(config.device_batch_size, config.total_batch_tokens)
+    rows, data = {label: SimpleNamespace(times=[]) for label in labels}, {size: batches(size, config.total_batch_tokens) for _, size in labels.values()}
     for number in range(config.bench_repeats + 1):
-        for name in steps:
+        for label, (_, size) in labels.items():
+            row = rows[label]
             clear()
             warm = clock(device)
-            measure(name, data[:1])                                         # gradients exist, kernels are compiled
+            measure(label, data[size][:1])                                  # gradients exist, kernels are compiled
             if number == 0:
-                rows[name].compile_seconds = clock(device) - warm
-            seconds, rows[name].activation_bytes, rows[name].peak_bytes = measure(name, data)
-            rows[name].times += [seconds] if number else []
-            say(f"round {number} of {config.bench_repeats}, {name}: {1e3 * seconds:.0f} ms" + f", first micro-batch {rows[name].compile_seconds:.1f} s" * (number == 0))
-    for name in rows if config.optimizer else ():
-        if name not in ("poe", "bp", "nanochat"):
+                row.compile_seconds = clock(device) - warm
+            seconds, row.activation_bytes, row.peak_bytes = measure(label, data[size])
+            row.times += [seconds] if number else []
+            say(f"round {number} of {config.bench_repeats}, {label}: {1e3 * seconds:.0f} ms" + f", first micro-batch {row.compile_seconds:.1f} s" * (number == 0))
+    for name in WITH_OPTIMIZER if config.optimizer else ():
+        of_name = {label: rows[label] for label, (variant, _) in labels.items() if variant == name}
+        if not of_name:
             continue
         m, _, _ = steps[name]
         clear()
@@ -319,22 +331,26 @@ def bench_training(config):
             optimizer.step()
             times.append(clock(device) - start)
         say(f"optimizer of {name}: {', '.join(f'{1e3 * seconds:.0f}' for seconds in times)} ms")
-        rows[name].optimizer_seconds = statistics.median(times[2:])         # the first ones compile and make the state
+        for row in of_name.values():
+            row.optimizer_seconds = statistics.median(times[2:])            # the first ones compile and make the state
         if config.largest and on_cuda:                                      # beside weights, gradients and the optimizer's state, as in training
             clear()
             free = torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated() - sum(4 * p.numel() for p in m.parameters())
+            label, row = next(iter(of_name.items()))
 
             def one_step(n):
                 torch.compiler.reset()                                      # a new size compiles anew
-                measure(name, batches(n, n * shape.sequence_len))
-            rows[name].largest = largest_batch(one_step, clear, int(config.device_batch_size * free / rows[name].activation_bytes))
+                measure(label, batches(n, n * shape.sequence_len))
+            row.largest = largest_batch(one_step, clear, int(labels[label][1] * free / row.activation_bytes))
         del optimizer
     clear()
     ceiling, tokens, out = matmul_rate(device, dtype), config.total_batch_tokens, []
-    for name, row in rows.items():
+    for label, row in rows.items():
+        name, size = labels[label]
         seconds = statistics.median(row.times)
         whole = seconds + getattr(row, "optimizer_seconds", math.nan)
-        out.append({"name": name, "fwdbwd_ms": 1e3 * seconds, "fwdbwd_ms_min": 1e3 * min(row.times), "fwdbwd_ms_max": 1e3 * max(row.times),
+        out.append({"name": label, "device_batch_size": size, "fwdbwd_ms": 1e3 * seconds,
+                    "fwdbwd_ms_min": 1e3 * min(row.times), "fwdbwd_ms_max": 1e3 * max(row.times),
                     "of_bp": statistics.median(a / b for a, b in zip(row.times, rows["bp"].times)) if "bp" in rows else None,
                     "optimizer_ms": 1e3 * row.optimizer_seconds if hasattr(row, "optimizer_seconds") else None,
                     "tokens_per_s": tokens / seconds, "tokens_per_s_with_optimizer": None if math.isnan(whole) else tokens / whole,
@@ -523,10 +539,10 @@ def training_table(result):
     """The benchmark of training as a table for people."""
     def cell(value, form, unit=""):
         return "" if value is None else format(value, form) + unit
-    lines = ["| variant | forward + backward | min to max | of bp | optimizer | tokens/s | with optimizer | MFU | with optimizer | of matmul | activations "
-             "| peak | largest micro-batch |", "| --- |" + " ---: |" * 12]
+    lines = ["| variant | micro-batch | forward + backward | min to max | of bp | optimizer | tokens/s | with optimizer | MFU | with optimizer "
+             "| of matmul | activations | peak | largest micro-batch |", "| --- |" + " ---: |" * 13]
     for row in result["variants"]:
-        cells = (row["name"], cell(row["fwdbwd_ms"], ".1f", " ms"), f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}", cell(row["of_bp"], ".3f"),
+        cells = (row["name"], cell(row["device_batch_size"], "d"), cell(row["fwdbwd_ms"], ".1f", " ms"), f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}", cell(row["of_bp"], ".3f"),
                  cell(row["optimizer_ms"], ".1f", " ms"), cell(row["tokens_per_s"], ",.0f"), cell(row["tokens_per_s_with_optimizer"], ",.0f"),
                  cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"), cell(row["mfu_matmul"], ".1%"),
                  *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")), cell(row["largest_micro_batch"], "d"))
@@ -538,8 +554,8 @@ def main(argv=None):
     config = BenchConfig(**parse_flags(BenchConfig, __doc__, argv))
     with attention_backends(choose_device(config.device, config.dtype)[0]):
         result = bench_training(config)
-    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {config.preset}, {config.total_batch_tokens:,} tokens a step in micro-batches of "
-          f"{config.device_batch_size} sequences; {config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s; attention by {result['attention']}")
+    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {config.preset}, {config.total_batch_tokens:,} tokens a step; "
+          f"{config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s; attention by {result['attention']}")
     print(training_table(result))
     print(json.dumps(result))
 

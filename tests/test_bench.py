@@ -37,11 +37,15 @@ def test_the_backprop_twin_is_a_backprop_model_of_the_same_weights():
 
 
 def test_the_script_times_every_variant_and_refuses_odd_ones(capsys, refused):
-    argv = ["--preset", "tiny", "--total-batch-tokens", "256", "--device-batch-size", "1", "--bench-repeats", "1", "--device", "cpu"]
-    bench.main([*argv, "--variants", "poe,bp,stage-major"])
+    argv = ["--preset", "tiny", "--total-batch-tokens", "512", "--device-batch-size", "1", "--bench-repeats", "1", "--device", "cpu"]
+    bench.main([*argv, "--variants", "poe,bp,stage-major,poe:2"])
     *lines, last = capsys.readouterr().out.splitlines()
     rows = {row["name"]: row for row in json.loads(last)["variants"]}
-    assert list(rows) == ["poe", "bp", "stage-major"] and sum(line.startswith("| ") for line in lines) == 5
+    assert list(rows) == ["poe", "bp", "stage-major", "poe:2"] and sum(line.startswith("| ") for line in lines) == 6
     assert rows["poe"]["of_bp"] > 0 and rows["bp"]["of_bp"] == 1.0 and rows["poe"]["optimizer_ms"] > 0 and rows["stage-major"]["optimizer_ms"] is None
+    assert rows["poe"]["device_batch_size"] == 1 and rows["poe:2"]["device_batch_size"] == 2 and rows["poe:2"]["optimizer_ms"] == rows["poe"]["optimizer_ms"]
     assert "turbo" in refused(bench.main, *argv, "--variants", "poe,turbo")
+    assert "NANOCHAT_DIR" in refused(bench.main, *argv, "--variants", "nanochat")
+    for size in ("0", "3", "x", "", "-1"):
+        assert f"poe:{size}" in refused(bench.main, *argv, "--variants", f"poe:{size}")
     assert "--total-batch-tokens 100" in refused(bench.main, *argv[:2], "--total-batch-tokens", "100")

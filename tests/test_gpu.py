@@ -101,9 +101,9 @@ def terminated(self):
 MuonAdamW.step = terminated
 train.main(sys.argv[1:])
 """
-    result = subprocess.run([sys.executable, "-c", script, "--out", tmp_path, "--num-steps", "3", "--warmup-steps", "1", "--eval-every", "-1"],
-                            capture_output=True, text=True, start_new_session=True, timeout=120,
-                            env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
+    result = subprocess.run([sys.executable, "-c", script, "--out", tmp_path / "run", "--num-steps", "3", "--warmup-steps", "1", "--eval-every", "-1"],
+                            capture_output=True, text=True, start_new_session=True, timeout=300,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     assert result.returncode == 0 and "SIGTERM: saving" in result.stdout and "val_bpb" in result.stdout, result.stdout + result.stderr
 
 
