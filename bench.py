@@ -9,11 +9,10 @@ Benchmarks: what a training step costs, and how fast decoding is.
     python sample.py --bench --preset 3b --forced-acceptance 0.985 --forced-lifts 0.05      # decoding: random weights, speed alone
 
 Variants are interleaved in one process, round by round, and told as medians with their spread; ratios compare times of the same round.
-The last line is JSON. Nothing here decides a test. (This is the one file beside its test that imports train.py: it measures that
-file's own optimizer groups.)
+The last line is JSON. Nothing here decides a test.
 
 Variants of training share one set of weights. poe: model.backward_by_stage. bp: one loss at the top. Then poe without one idea each:
-two-matmuls (W x + W_k x instead of the merged head), whole-logits (the loss by autograd, all logits at once), one-backward (all stages'
+two-matmuls (W x + W_k x, and both gradients, instead of the merged head), whole-logits (the loss by autograd, all logits at once), one-backward (all stages'
 activations are kept), cast-each-pass (weights are cast in each micro-batch, not once per step); naive is all four; stage-major runs each
 stage over all micro-batches before the next begins.
 """
@@ -33,10 +32,10 @@ import torch.nn.functional as F
 import model as model_file
 from dataloader import Loader, open_data
 from flags import flag, parse_flags, run
-from model import (PRESETS, Linear, ModelConfig, PoE, attention_backends, attention_kernel, choose_device, flops_per_token, get, head_cross_entropy,
-                   norm, softcap, stage_bytes)
+from model import (PRESETS, Linear, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device, flops_per_token, get,
+                   head_cross_entropy, norm, softcap, stage_bytes)
 from muon import MuonAdamW
-from sample import Engine, Plan, check_room, decode_timed, make_plan
+from sample import Engine, Plan, check_room, decode_timed, kernels_fit, make_plan
 from train import RECIPES, optimizer_groups
 
 
@@ -48,24 +47,38 @@ VARIANTS = ("poe", "bp", "naive", "two-matmuls", "whole-logits", "one-backward",
 WITH_OPTIMIZER = ("poe", "bp", "nanochat")      # the others have poe's
 
 
-def head_gradient(model, k, normed, targets, scale, merged, chunked):
-    """(loss, d loss / d normed) of stage k; adds the heads' gradients. normed: (B, T, C), detached from the trunk."""
+def head_gradient(model, k, normed, targets, scale, merged, chunked, casts):
+    """(loss, d loss / d normed) of stage k; adds the heads' gradients. normed: (B, T, C), detached from the trunk. casts: of the heads, by module."""
     own, shared = model.lm_head_stages[k], model.lm_head
     x, targets = normed.flatten(0, 1), targets.flatten()
-    if merged and chunked:
+    if chunked:
         with torch.no_grad():
-            loss, grad = head_cross_entropy(x, model.head_weight(k), targets, own.weight.grad, scale, model.chunk_loss)
+            if merged:
+                loss, grad = head_cross_entropy(x, model.head_weight(k), targets, own.weight.grad, scale, model.chunk_loss)
+            else:
+                loss, grad = two_matmuls(x, {head: casts[head] for head in (own, shared)}, targets, scale, model.chunk_loss)
         return loss, grad.view_as(normed)
-    step = max(1, model_file.LOSS_CHUNK_LOGITS[x.device.type] // shared.weight.size(0)) if chunked else len(x)
-    total, grads = 0.0, []
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = F.linear(x, model.merge_head(k)) if merged else shared(x) + own(x)
+        loss = F.cross_entropy(softcap(logits), targets, reduction="sum") * scale
+    loss.backward()
+    return loss.detach(), x.grad.view_as(normed)
+
+
+def two_matmuls(x, heads, targets, scale, chunk_loss):
+    """`head_cross_entropy` of the sum of two heads, {module: its weight in the dtype of x}, with every product made twice."""
+    x_grad, loss = torch.empty_like(x), 0.0
+    own, shared = heads.values()
+    step = max(1, model_file.LOSS_CHUNK_LOGITS[x.device.type] // own.size(0))
     for i in range(0, len(x), step):
-        with torch.enable_grad():
-            part = x[i:i + step].detach().requires_grad_()
-            logits = F.linear(part, model.merge_head(k)) if merged else shared(part) + own(part)
-            loss = F.cross_entropy(softcap(logits), targets[i:i + step], reduction="sum") * scale
-        loss.backward()
-        total, grads = total + loss.detach(), grads + [part.grad]
-    return total, torch.cat(grads).view_as(normed)
+        part = x[i:i + step]
+        nats, grad = chunk_loss(part @ own.T + part @ shared.T, targets[i:i + step], scale)
+        loss += nats
+        torch.add(grad @ own, grad @ shared, out=x_grad[i:i + step])
+        for head in heads:
+            add_weight_grad(head.weight.grad, grad, part)
+    return loss * scale, x_grad
 
 
 def trial_step(model, batches, scale, merged=True, chunked=True, per_stage=True, stage_major=False):
@@ -74,14 +87,16 @@ def trial_step(model, batches, scale, merged=True, chunked=True, per_stage=True,
     stage_major: keep x_k and x0 of every micro-batch, (n_micro, B, T, C) each, and run a stage over all of them.
     """
     losses, K = [0.0] * model.config.n_stage, model.config.n_stage
-    for head in (*model.lm_head_stages, model.lm_head):
+    heads = *model.lm_head_stages, model.lm_head
+    for head in heads:
         if head.weight.grad is None:
             head.weight.grad = torch.zeros_like(head.weight)
+    casts = {head: head.weight.detach().to(model.compute_dtype) for head in heads} if chunked and not merged else None
 
     def one(k, x, x0, idx, targets):
         x = model.stage(k, x, x0, idx)
         normed = norm(x)
-        loss, grad = head_gradient(model, k, normed.detach(), targets, scale, merged, chunked)
+        loss, grad = head_gradient(model, k, normed.detach(), targets, scale, merged, chunked, casts)
         losses[k] += loss
         if per_stage:
             normed.backward(grad)
@@ -171,11 +186,13 @@ class BenchConfig:
     compile: bool = flag(None, "compile (default: on cuda)")
 
     def __post_init__(self):
-        for name, size in self.labels().values():
+        for label, (name, size) in self.labels().items():
             if name not in (*VARIANTS, "nanochat"):
                 raise ValueError(f"--variants {self.variants} has {name!r}; choose from {', '.join(VARIANTS)}, nanochat")
             tokens = size * PRESETS[self.preset].sequence_len
-            if size < 1 or self.total_batch_tokens < tokens or self.total_batch_tokens % tokens:
+            if ":" in label and size < 1:
+                raise ValueError(f"--variants {self.variants}: a number of sequences, 1 or more, goes behind the colon of {label!r}")
+            if size and (self.total_batch_tokens < tokens or self.total_batch_tokens % tokens):
                 raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
                                  f"(--device-batch-size {self.device_batch_size}, or :N in --variants {self.variants}, x {PRESETS[self.preset].sequence_len})")
         names = [name for name, _ in self.labels().values()]
@@ -185,8 +202,13 @@ class BenchConfig:
             raise ValueError("--largest fills the memory, of which nanochat's weights would take their part; leave it out of --variants")
         if self.largest and not self.optimizer:
             raise ValueError("--largest looks beside the optimizer's state; leave --no-optimizer out")
-        if self.bench_repeats < 1:
-            raise ValueError(f"--bench-repeats {self.bench_repeats} must be at least 1")
+        for name in ("bench_repeats", "device_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f"--seed {self.seed} must be at least 0 and below 2^63")
+        if self.largest and choose_device(self.device)[0].type != "cuda":
+            raise ValueError("--largest fills the memory of a CUDA device; leave it out on a CPU")
 
     def labels(self):
         """{label: (variant, sequences in a micro-batch)} of --variants; 0 sequences where there is no number behind the colon."""
@@ -401,14 +423,15 @@ def bench_plans(model_config, config, bounds, metrics):
     plans |= {f"prefix {n}": Plan(range(n)) for n in range(2, K)}
     plans |= {f"speculative {m}": Plan(range(K), draft_len=m, forced_acceptance=config.forced_acceptance) for m in sorted({1, 2, 4, 8, 12, 16, config.draft_len})}
     if config.forced_lifts is not None:
-        plans[f"s0, {config.forced_lifts:.0%} lifted"] = Plan(range(K), forced_lifts=config.forced_lifts)
+        plans[f"s0, {100 * config.forced_lifts:g}% lifted"] = Plan(range(K), forced_lifts=config.forced_lifts)
     if config.forced_acceptance is None and config.forced_lifts is None:
         plans |= {f"speculative 16, gate {gate:g}": Plan(range(K), draft_len=16, draft_gate=gate) for gate in (0.3, 0.6)}
         for name, mode, margin in (("wand", "wand", False), ("wand, margins", "wand", True), ("routing", "routing", False)):
             try:
                 plans[name] = make_plan(model_config, mode, wand_margin=margin, bounds=bounds, metrics=metrics)
             except ValueError as e:
-                print(f"not measured: {e}", file=sys.stderr)
+                if not config.preset:                                       # random weights have no bounds
+                    print(f"not measured: {e}", file=sys.stderr)
         plans |= {f"curve: margin {t:g}": Plan(range(K), exits=(t,) * (K - 1)) for t in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)}
         plans |= {f"curve: top-1 {t:g}": Plan(range(K), exits=(t, *[math.inf] * (K - 2)), score="probability")
                   for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)}
@@ -435,7 +458,8 @@ def bench(model, prompts, config, plans):
     identical: the very tokens of "full". agreement: share of tokens that the full product would have chosen after the same text.
     """
     device, on_cuda = model.cos.device, model.cos.device.type == "cuda"
-    variants = ({"full, no graphs": (plans["full"], False)} if on_cuda else {}) | {name: (plan, on_cuda) for name, plan in plans.items()}
+    kernels = on_cuda and kernels_fit(model)
+    variants = ({"full, no graphs": (plans["full"], False)} if kernels else {}) | {name: (plan, kernels) for name, plan in plans.items()}
     engines, rounds, n_new, weight_bytes = {}, {name: [] for name in variants}, config.max_new_tokens, stage_bytes(model)
     for number in range(config.bench_repeats + 1):
         for name, (plan, fast) in variants.items():
@@ -445,7 +469,7 @@ def bench(model, prompts, config, plans):
                 print(f"\rround {number} of {config.bench_repeats}: {name:40}", end="", file=sys.stderr)
             if name not in engines:
                 engines[name] = Engine(model, plan, fast=fast)
-            slow = on_cuda and not fast
+            slow = kernels and not fast
             rounds[name].append(decode_all(engines[name], prompts[:1] if slow else prompts, min(n_new, 64) if slow else n_new, weight_bytes))
     nominal, copied = bandwidths(device)
     times = {name: [sum(run.seconds for run in runs) / sum(len(run.ids) for run in runs) for runs, _ in of[1:]] for name, of in rounds.items()}
@@ -508,13 +532,13 @@ def random_model(preset, device, dtype, seed):
 
 def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoint):
     """`sample.py --bench`: print a table for people, and one JSON line last. prompts: texts; [""] stands for three of our own."""
-    plans = bench_plans(model.config, config, bounds, metrics)
     prompts = list(BENCH_PROMPTS) if prompts == [""] else prompts
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     room = model.config.sequence_len + 1 - max(map(len, encoded))
     config = replace(config, max_new_tokens=config.max_new_tokens or max(1, min(256, room)))
     for ids in encoded:
         check_room(model.config, ids, config.max_new_tokens)
+    plans = bench_plans(model.config, config, bounds, metrics)
     result = {"checkpoint": checkpoint and str(checkpoint), "random_weights": config.preset} | bench(model, encoded, config, plans)
     known = {"full": get(metrics, ("bpb", "full")), "s0 alone": get(metrics, ("bpb", "single", 0))}
     known |= {f"prefix {n}": get(metrics, ("bpb", "prefix", n - 1)) for n in range(1, model.config.n_stage)}
@@ -523,8 +547,10 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
     for name, value in (("acceptance", config.forced_acceptance), ("share of lifts", config.forced_lifts)):
         if value is not None:
             print(f"the {name} is forced to {value:g}: what is generated means nothing")
+    if model.cos.device.type == "cuda" and not kernels_fit(model):
+        print("the kernels do not serve this dtype or these widths: everything runs without them and without graphs")
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {len(prompts)} prompts, {config.max_new_tokens} tokens each, {config.bench_repeats} rounds")
-    print(bench_table(result, {name: value for name, value in known.items() if value is not None}))
+    print(bench_table(result, {name: value for name, value in known.items() if isinstance(value, (int, float))}))
     agreeing = [row for row in result["modes"] if (row["agreement"] or 0.0) >= 0.999 and row["name"].startswith(("wand", "routing", "curve"))]
     if agreeing:
         best = max(agreeing, key=lambda row: row["tokens_per_s"])

@@ -69,11 +69,7 @@ class Ranks:
     made = False        # whether it ever made one
 
     def __init__(self):
-        try:
-            self.rank, self.world_size, self.local_rank = (int(os.environ.get(name, n)) for name, n in
-                                                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        except ValueError as e:
-            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK are set, but not as torchrun sets them ({e}); unset them or use torchrun") from None
+        self.rank, self.world_size, self.local_rank, place = self.environment()
         self.restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if self.world_size == 1:
             return
@@ -81,7 +77,6 @@ class Ranks:
         from torch import distributed
         Ranks.made = True
         self.distributed = distributed
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.keeps_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun's agent does elsewhere
         store = distributed.TCPStore(*place, is_master=self.keeps_store, wait_for_workers=False)
         meeting = self._meet(store)
@@ -98,6 +93,18 @@ class Ranks:
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.watcher.start()
         Ranks.current = self
+
+    @staticmethod
+    def environment():
+        """(rank, world size, local rank, (address, port) of the store or None) as torchrun sets them."""
+        try:
+            rank, world_size, local_rank = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            if not 0 <= rank < world_size:
+                raise ValueError(f"rank {rank} of {world_size}")
+            return rank, world_size, local_rank, (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if world_size > 1 else None
+        except (KeyError, ValueError) as e:
+            raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are not as torchrun sets them ({e}); unset them or use "
+                             f"torchrun") from None
 
     def _meet(self, store):
         """Agree on a name with the ranks that are alive now, and with no others: the prefix of all that they put into `store`.
@@ -260,8 +267,8 @@ def run(main):
         print(f"{name}: interrupted", file=sys.stderr)
         code = 130
     if Ranks.made:                                              # threads of the collectives may abort a process that takes its interpreter down
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(code)
     if code:
         sys.exit(code)

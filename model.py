@@ -177,18 +177,23 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss=cross_
         nats, grad = chunk_loss(x_chunk @ weight.T, targets[i:i + step], scale)    # grad (n, V)
         loss += nats
         torch.mm(grad, weight, out=x_grad[i:i + step])
-        if weight_grad.dtype == x.dtype:
-            weight_grad.addmm_(grad.T, x_chunk)
-        elif x.is_cuda:
-            torch.addmm(weight_grad, grad.T, x_chunk, out_dtype=weight_grad.dtype, out=weight_grad)
-        else:
-            weight_grad.addmm_(grad.T.to(weight_grad.dtype), x_chunk.to(weight_grad.dtype))
+        add_weight_grad(weight_grad, grad, x_chunk)
     return loss * scale, x_grad
+
+
+def add_weight_grad(weight_grad, grad, x):
+    """weight_grad (V, C) += grad^T x, summed in the dtype of weight_grad. grad: (n, V), x: (n, C), of one dtype."""
+    if weight_grad.dtype == x.dtype:
+        weight_grad.addmm_(grad.T, x)
+    elif x.is_cuda:
+        torch.addmm(weight_grad, grad.T, x, out_dtype=weight_grad.dtype, out=weight_grad)
+    else:
+        weight_grad.addmm_(grad.T.to(weight_grad.dtype), x.to(weight_grad.dtype))
 
 
 def choose_device(device=None, dtype=None):
     """(torch.device, torch.dtype) from their names; None takes cuda where there is one, and bfloat16 there or float32 elsewhere."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device or "cpu"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device or "cpu"):
         raise ValueError(f"--device {device} is not one of cpu, cuda, cuda:0, cuda:1, ...")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():

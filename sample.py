@@ -353,7 +353,7 @@ class StageKernels:
         self.x, self.middle, self.attended = new(rows, C), new(rows, C), new(rows, C)
         self.hidden, self.qkv = new(rows, config.mlp_hidden), new(rows, max(map(len, model.qkv_gate)), dtype=torch.float32)
         self.logits, self.found = new(rows, config.vocab_size, dtype=torch.float32), new(2, CHOSEN, dtype=torch.float32)
-        self.exp_parts = new(rows, triton.next_power_of_2(-(-config.vocab_size // 64)), dtype=torch.float32)
+        self.exp_parts = new(rows, triton.next_power_of_2(-(-config.vocab_size // self.blocks(config.vocab_size, C)[0])), dtype=torch.float32)
         self.chosen = new(CHOSEN, dtype=torch.int64)
         self.x_squares, self.middle_squares = (new(rows, self.parts, dtype=torch.float32) for _ in range(2))
         self.M = max(16, engine.width * self.group2)
@@ -737,7 +737,7 @@ Token = namedtuple("Token", "id log_prob stage depth")      # stage: that propos
 def generate(engine, max_new_tokens):
     """Yield what each step adds, (a list of `Token`s per row, drafts judged), until rows have `max_new_tokens` or a few more. Rows do not stop here.
 
-    The engine has begun. On a GPU the next step is always on its way before the host reads the last one's report.
+    The engine has begun. With graphs the next step is always on its way before the host reads the last one's report.
     """
     plan = engine.plan
     if plan.adaptive:
@@ -851,8 +851,6 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
     if K == 1:
         raise ValueError(f"--mode {mode} needs several stages: {stages}; use --mode full")
     if mode == "speculative":
-        if not 1 <= draft_len < CHOSEN:
-            raise ValueError(f"--draft-len {draft_len} must be from 1 to {CHOSEN - 1}; --mode full drafts nothing")
         return Plan(range(K), draft_len=draft_len, draft_gate=draft_gate)
     missing = "calibrate this checkpoint first: python evaluate.py RUN"
     if mode == "wand" and not wand_margin:
@@ -861,7 +859,7 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
         return Plan(range(K), exits=tuple(math.nextafter(sum(bounds[k:]), math.inf) for k in range(K - 1)))
     if mode == "wand":
         found = get(metrics, ("wand", "margin", "thresholds"))
-        if not is_numbers([t or 0.0 for t in found] if isinstance(found, list) else None, K - 1):
+        if not is_numbers([0.0 if t is None else t for t in found] if isinstance(found, list) else None, K - 1):
             raise ValueError(f"--wand-margin needs wand.margin.thresholds, {K - 1} numbers, in metrics.json; {missing}")
         return Plan(range(K), exits=tuple(math.inf if t is None else t for t in found))     # null: no threshold keeps the cap
     routing = {"threshold": routing_threshold} if routing_threshold is not None else get(metrics, ("routing",))
@@ -872,7 +870,7 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
 
 
 def is_numbers(values, n):
-    return isinstance(values, (list, tuple)) and len(values) == n and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+    return isinstance(values, (list, tuple)) and len(values) == n and all(type(v) in (int, float) and math.isfinite(v) for v in values)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -972,18 +970,19 @@ class SampleConfig:
     bench: bool = flag(False, "measure the speed of every mode, greedily, on the prompts (default: three short ones); the last line is JSON")
     bench_repeats: int = flag(5, "timed rounds of --bench")
     preset: str = flag(None, "with --bench instead of a checkpoint: random weights in this preset's shape", choices=tuple(PRESETS))
-    forced_acceptance: float = flag(None, "with --bench: accept each draft with this probability, whatever it is: speed alone")
-    forced_lifts: float = flag(None, "with --bench: let this share of tokens, at random, need the upper stages: speed alone")
+    forced_acceptance: float = flag(None, "with --bench: accept this share of drafts, in steps of 0.005, whatever they are: speed alone")
+    forced_lifts: float = flag(None, "with --bench: let this share of tokens, in steps of 0.005, need the upper stages: speed alone")
 
     def __post_init__(self):
         shares = [(name, getattr(self, name) is None or 0 <= getattr(self, name) <= 1, "be from 0 to 1")
                   for name in ("draft_gate", "routing_threshold", "forced_acceptance", "forced_lifts")]
-        for name, ok, must in (("temperature", 0 <= self.temperature < float("inf"), "be 0 or more"),
+        for name, ok, must in (("temperature", 0 <= self.temperature < float("inf"), "be a finite number, 0 or more"),
+                               ("draft_len", 1 <= self.draft_len < CHOSEN, f"be from 1 to {CHOSEN - 1}; --mode full drafts nothing"),
                                ("top_k", self.top_k >= 0, "be 0 or more"), ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
                                ("num_samples", 1 <= self.num_samples <= 10 ** 6, "be from 1 to 1,000,000"),
                                ("bench_repeats", self.bench_repeats >= 1, "be at least 1"),
                                ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "be at least 1"),
-                               ("seed", self.seed >= 0, "be 0 or more"), *shares):
+                               ("seed", 0 <= self.seed < 2 ** 63, "be 0 or more and below 2^63"), *shares):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
         for name in ("preset", "forced_acceptance", "forced_lifts"):
@@ -993,6 +992,8 @@ class SampleConfig:
 
 def read_prompts(path):
     """The lines of a UTF-8 file, or of standard input for "-". Raises ValueError where it is not UTF-8 or empty."""
+    if not path or path == "-" and sys.stdin is None:
+        raise ValueError(f"--prompt-file {path!r}: {'standard input is closed' if path else 'the name is empty'}; give a file, or - and standard input")
     try:
         text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8")
     except UnicodeDecodeError as e:
@@ -1006,6 +1007,10 @@ def main(argv=None):
     given = parse_flags(SampleConfig, __doc__, argv, positionals=[("checkpoint", "?", "a step-XXXXX directory, or a run: its newest")])
     path = given.pop("checkpoint")
     config = SampleConfig(**given)
+    for name in ("bench_repeats",) if not config.bench else (
+            "mode", "stage", "prefix", "draft_gate", "wand_margin", "routing_threshold", "temperature", "top_k", "top_p", "num_samples", "compile", "json"):
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} {'goes with --bench' if not config.bench else 'does nothing with --bench, which measures every mode, greedily'}; leave it out")
     if (path is None) == (config.preset is None):
         raise ValueError("give a checkpoint (a step-XXXXX directory or a run), or --bench --preset for random weights" + ", not both" * (path is not None))
     device, dtype = choose_device(config.device, config.dtype)

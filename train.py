@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -580,8 +581,9 @@ def main(argv=None):
     started = time.time()
     given = parse_flags(TrainConfig, __doc__, argv)
     if given.get("dry_run"):
-        if os.environ.get("RANK", "0") == "0":
-            dry_run(*resolve_config(given), int(os.environ.get("WORLD_SIZE", 1)))
+        rank, world_size, _, _ = Ranks.environment()
+        if rank == 0:
+            dry_run(*resolve_config(given), world_size)
         return
     ranks = Ranks()
     main_rank, stop = ranks.rank == 0, []                                   # stop: signals received
@@ -591,9 +593,10 @@ def main(argv=None):
             print(text, flush=True)
 
     def on_signal(number, frame):
-        if main_rank:
-            os.write(1, f"{signal.Signals(number).name}: saving at the next step boundary\n".encode())     # print is not reentrant
         stop.append(number)
+        if main_rank and sys.stdout:
+            with suppress(OSError):
+                os.write(sys.stdout.fileno(), f"{signal.Signals(number).name}: saving at the next step boundary\n".encode())    # print is not reentrant
         if number == signal.SIGINT and ranks.world_size == 1:               # SIGTERM comes twice by itself from `timeout` and schedulers
             signal.signal(number, signal.default_int_handler)
         if "torch._inductor.config" in sys.modules:                         # Inductor's workers may have died of the same signal, and what is

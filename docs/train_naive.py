@@ -20,7 +20,17 @@ def backward_by_stage(self, idx, targets, scale, last=True):
     yield from enumerate(bench.trial_step(self, [(idx, targets)], scale, merged=False, chunked=False, per_stage=False))
 
 
-PoE.backward_by_stage, PoE.cast_weights = backward_by_stage, lambda self: None
+def main():
+    model_config = train.TrainConfig.model_config
+
+    def checked(self):
+        config = model_config(self)
+        if config.objective != "poe" or config.n_stage == 1:
+            raise ValueError(f"the naive step is of --objective poe with several stages, not of {config.objective} with {config.n_stage}; use train.py")
+        return config
+    train.TrainConfig.model_config, PoE.backward_by_stage, PoE.cast_weights = checked, backward_by_stage, lambda self: None
+    train.main()
+
 
 if __name__ == "__main__":
-    run(train.main)
+    run(main)

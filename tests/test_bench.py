@@ -27,6 +27,29 @@ def test_every_variant_has_the_gradients_of_the_real_step(switches, monkeypatch)
         assert torch.allclose(theirs[name].grad, p.grad, rtol=1e-9, atol=1e-12), name
 
 
+def test_casts_in_each_pass_give_the_gradients_of_kept_casts():
+    idx, targets = tokens()
+    kept, dropped = make(torch.float32), make(torch.float32)
+    for model in (kept, dropped):
+        model.compute_dtype = torch.bfloat16
+        model.cast_weights()
+    with torch.no_grad():
+        for block in dropped.blocks:                            # what is kept is stale from here on, and must not be used
+            block.mlp.c_fc.cast.zero_()
+    bench.drop_casts(dropped)
+    assert dropped.merged_heads is None and all(m.cast is None for m in dropped.modules() if isinstance(m, bench.Linear))
+    losses = [[float(x) for x in bench.real_step(model, [(idx, targets)], 1 / targets.numel())] for model in (kept, dropped)]
+    assert losses[0] == losses[1] and all(torch.equal(p.grad, dict(dropped.named_parameters())[name].grad) for name, p in kept.named_parameters())
+
+
+@pytest.mark.parametrize("guess", [0, 1, 5, 7, 8, 20])
+def test_the_largest_micro_batch_is_found_from_any_guess(guess):
+    def measure(n):
+        if n > 7:
+            raise torch.OutOfMemoryError
+    assert bench.largest_batch(measure, lambda: None, guess) == 7
+
+
 def test_the_backprop_twin_is_a_backprop_model_of_the_same_weights():
     model = make()
     twin, (idx, targets) = bench.backprop_twin(model), tokens()
@@ -36,7 +59,8 @@ def test_the_backprop_twin_is_a_backprop_model_of_the_same_weights():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and twin.blocks[0] is model.blocks[0]
 
 
-def test_the_script_times_every_variant_and_refuses_odd_ones(capsys, refused):
+def test_the_script_times_every_variant_and_refuses_odd_ones(capsys, refused, monkeypatch):
+    monkeypatch.delenv("NANOCHAT_DIR", raising=False)
     argv = ["--preset", "tiny", "--total-batch-tokens", "512", "--device-batch-size", "1", "--bench-repeats", "1", "--device", "cpu"]
     bench.main([*argv, "--variants", "poe,bp,stage-major,poe:2"])
     *lines, last = capsys.readouterr().out.splitlines()
@@ -48,4 +72,7 @@ def test_the_script_times_every_variant_and_refuses_odd_ones(capsys, refused):
     assert "NANOCHAT_DIR" in refused(bench.main, *argv, "--variants", "nanochat")
     for size in ("0", "3", "x", "", "-1"):
         assert f"poe:{size}" in refused(bench.main, *argv, "--variants", f"poe:{size}")
+    assert "--device-batch-size 0" in refused(bench.main, *argv, "--variants", "bp:1", "--device-batch-size", "0")
+    assert "--seed -1" in refused(bench.main, *argv, "--seed", "-1")
+    assert "--largest" in refused(bench.main, *argv, "--largest")
     assert "--total-batch-tokens 100" in refused(bench.main, *argv[:2], "--total-batch-tokens", "100")

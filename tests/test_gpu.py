@@ -1,7 +1,7 @@
 """
 What only a GPU can show: compiled bfloat16 training against float32, the memory of per-stage backward, decoding over a cache.
 
-Run: python -m pytest tests/test_gpu.py            (skipped without CUDA; every claim has a CPU form in the other files)
+Run: python -m pytest tests/test_gpu.py            (skipped without CUDA; what a CPU can show of it is in the other files)
 """
 import os
 import subprocess
@@ -83,7 +83,7 @@ def test_the_compiled_optimizer_moves_weights_as_the_plain_one():
             optimizer.step()
         return {name: (p.detach() - before[name]).double().flatten() for name, p in model.named_parameters()}
     plain, compiled = moved(False), moved(True)
-    for name in plain:                                          # Newton-Schulz in float16 turns rounding into angles
+    for name in plain:                                          # Newton-Schulz in bfloat16 turns rounding into angles
         cosine = torch.nn.functional.cosine_similarity(plain[name], compiled[name], dim=0).item()
         assert cosine > 0.999 and abs(compiled[name].norm() / plain[name].norm() - 1) < 1e-3, f"{name}: {cosine:.5f}"
 

@@ -161,6 +161,16 @@ def test_the_layout_of_3b_on_12_ranks_covers_balances_and_saves_memory():
     assert train.memory_estimate(PRESETS["3b"], config, 12)["optimizer_state"] == max(state)
 
 
+@pytest.mark.parametrize("environment, argv", [({"WORLD_SIZE": "2", "RANK": "0"}, []), ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, []),
+                                               ({"WORLD_SIZE": "-1"}, []), ({"WORLD_SIZE": "0"}, ["--dry-run"]), ({"WORLD_SIZE": "abc"}, ["--dry-run"])])
+def test_an_environment_that_is_not_torchruns_gets_one_line(environment, argv, monkeypatch, refused):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun" in refused(train.main, *argv)
+
+
 # -- faults -------------------------------------------------------------------------------------------------------
 
 def test_sigterm_at_one_rank_stops_all_at_the_same_step_with_a_checkpoint(data, one_rank, tmp_path):

@@ -16,7 +16,7 @@ import torch
 import sample
 from conftest import ROOT
 from dataloader import Tokenizer
-from model import BOUNDS_KEY, checkpoint_steps, combine
+from model import BOUNDS_KEY, checkpoint_steps, combine, load_checkpoint, stage_bytes
 from sample import ROWS, Engine, Plan, Sampling, check_room, complete, draw, generate, gumbel_noise, make_plan
 from test_model import make
 
@@ -150,6 +150,20 @@ def test_after_a_flush_the_state_is_a_teacher_forced_passes_and_garbage_beyond_t
     assert torch.allclose(engine.cache.keys[:, :, :n], cache.keys[:, :, :n], atol=1e-4)
 
 
+@pytest.mark.parametrize("plan, passes", [(FULL, [10, 10, 10]), (Plan(range(1)), [10]), (Plan(range(3), draft_len=4, forced_acceptance=1.0), [10, 2, 2]),
+                                          (Plan(range(3), draft_len=1, forced_acceptance=0.0), [20, 10, 10]),
+                                          (Plan(range(3), forced_lifts=0.0), [10, 0, 0]), (Plan(range(3), forced_lifts=1.0), [10, 10, 10])])
+def test_passes_are_counted_and_forced_shares_are_taken(plan, passes):
+    """Ten tokens: the bytes of a benchmark rest on these counts, and its forced rows on these shares."""
+    engine = Engine(small(), plan)
+    assert len(decode(engine, PROMPT, 10)) == 10 and list(engine.passes) == passes
+
+
+def test_forced_shares_are_exact_in_every_200_positions():
+    low = sample.chances(600, torch.device("cpu")).view(3, 200) < 0.25
+    assert low.sum(dim=1).tolist() == [50, 50, 50] and not torch.equal(low[0], low[1])
+
+
 def test_early_exit_leaves_where_its_rule_says_and_says_what_that_prefix_says():
     model = small()
     plan = Plan(range(3), exits=(0.5, 0.3))
@@ -199,8 +213,11 @@ from test_model import make
 sample.gdc_wait = sample.gdc_launch_dependents = lambda: None
 tl.inline_asm_elementwise = lambda *args, **kwargs: None
 torch.set_num_threads(1)
-model = make(torch.float32, sequence_len=60, vocab_size=70, n_layer=3, n_embd=64, n_head=2, n_kv_head=1, mlp_hidden=256, stage_layers=(2, 1)).freeze_for_inference()
-for prompts, draft_len in (([[69, *range(31)]], 2), ([[69, 5, 6], [69, *range(35)], [69]], 0), ([[69, 1]], 17)):
+shape = dict(sequence_len=60, n_layer=3, n_head=2, n_kv_head=1, mlp_hidden=256, stage_layers=(2, 1))
+small = make(torch.float32, vocab_size=70, n_embd=64, **shape).freeze_for_inference()
+narrow_head = make(torch.float32, vocab_size=300, n_embd=256, **shape).freeze_for_inference()            # its blocks are of 16 columns
+for model, prompts, draft_len in ((small, [[69, *range(31)]], 2), (small, [[69, 5, 6], [69, *range(35)], [69]], 0), (small, [[69, 1]], 17),
+                                  (narrow_head, [[69], [5]], 0)):
     plan = Plan(range(2), draft_len=draft_len)
     slow, fast = (Engine(model, plan, len(prompts)) for _ in range(2))
     kernels = StageKernels(model, fast)
@@ -217,7 +234,9 @@ for prompts, draft_len in (([[69, *range(31)]], 2), ([[69, 5, 6], [69, *range(35
     assert torch.equal(slow.cursors, fast.cursors) and torch.equal(slow.tokens, fast.tokens)
     for a, b in ((slow.report, fast.report), (slow.cache.keys[:, :, :n], fast.cache.keys[:, :, :n]), (slow.cache.values[:, :, :n], fast.cache.values[:, :, :n]),
                  (slow.stream[:, :, n - 1:n], fast.stream[:, :, n - 1:n])):
-        assert torch.allclose(a, b, atol=2e-4), (a - b).abs().max()
+        assert torch.allclose(a, b, atol=1e-3), (a - b).abs().max()
+    a, b = (engine.sums if len(prompts) > 1 else engine.sums[(n - 1) % sample.SLOTS] for engine in (slow, fast))       # nats, of rare tokens too
+    assert torch.allclose(a, b, atol=2e-3), (a - b).abs().max()
     print(slow.cursors[0].tolist())
 """
 
@@ -227,7 +246,7 @@ def test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 4
 
 
 def test_frequencies_of_sampled_tokens_match_softmax():
@@ -338,7 +357,11 @@ def test_the_benchmark_prints_every_mode_and_one_json_line_last(trained, capsys)
     rows = {row["name"]: row for row in json.loads(last)["modes"]}
     assert {"full", "s0 alone", "prefix 2", "speculative 4", "speculative 16, gate 0.3", "curve: margin 1"} <= rows.keys()
     assert all(row["identical"] and row["agreement"] == 1.0 for name, row in rows.items() if name.startswith(("full", "speculative")))
-    assert rows["s0 alone"]["bytes_per_token"] < rows["prefix 2"]["bytes_per_token"] < rows["full"]["bytes_per_token"]
+    model = load_checkpoint(trained / "step-00006", dtype=torch.float64)[0].freeze_for_inference()
+    prompt = len(Tokenizer.load(trained / "step-00006").encode("a"))
+    for name, n in (("s0 alone", 1), ("prefix 2", 2), ("full", 3)):        # three passes for three tokens: weights, and the cache at half the text
+        cached = 8 * 2 * model.config.n_kv_head * model.config.head_dim * sum(model.config.stage_layers[:n]) * (prompt + 1.5)
+        assert rows[name]["bytes_per_token"] == pytest.approx(stage_bytes(model)[n - 1] + cached)
     assert sum(line.startswith("| ") for line in out) == len(rows) + 2 and rows["full"]["speedup"] == 1.0
 
 
@@ -349,6 +372,9 @@ def test_the_benchmark_prints_every_mode_and_one_json_line_last(trained, capsys)
     (["--prompt", "a b c d e f g h i j k l m n o p q r"], ["context of 16", "too long"]), (["--mode", "turbo"], ["turbo", "full"]), (["--device", "abacus"], ["abacus"]),
     (["--mode", "speculative", "--draft-len", "0"], ["--draft-len 0", "1 to 31"]), (["--mode", "speculative", "--draft-len", "32"], ["--draft-len 32"]),
     (["--draft-gate", "2"], ["draft-gate 2"]), (["--draft-gate", "0.5"], ["--draft-gate 0.5", "--mode speculative"]), (["--wand-margin"], ["--wand-margin", "--mode wand"]), (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]), (["--compile"], ["CUDA"]),
+    (["--bench", "--stage", "2"], ["--stage", "--bench"]), (["--bench", "--json"], ["--json"]), (["--bench-repeats", "2"], ["goes with --bench"]),
+    (["--bench", "--draft-len", "100"], ["--draft-len 100"]), (["--prompt-file", ""], ["--prompt-file ''"]), (["--seed", str(2 ** 63)], ["--seed"]),
+    (["--bench", "--max-new-tokens", "40"], ["context of 16"]), (["--device", "cuda:99999999999999999999"], ["cuda:99999999999999999999"]),
     (["--preset", "3b"], ["--preset 3b", "--bench"]), (["--bench", "--preset", "tiny"], ["not both"]), (["--forced-lifts", "0.1"], ["--bench"])])
 def test_bad_input_gets_one_line(argv, words, trained, refused):
     line = refused(sample.main, trained, *argv)

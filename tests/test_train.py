@@ -179,6 +179,35 @@ def test_interrupting_leaves_a_usable_checkpoint_and_exits_cleanly(signals, data
     assert checkpoint_steps(run)[-1].name == f"step-{int(newest.name[5:]) + 2:05d}"
 
 
+def test_bfloat16_training_casts_the_new_weights_after_every_step(data, tmp_path, monkeypatch):
+    """The casts that the loop keeps are those of the weights: the losses are those of a run that casts in every pass."""
+    def losses(out):
+        train.main([*SMALL, "--data", str(data), "--out", str(tmp_path / out), "--dtype", "bfloat16"])
+        return [line["losses"] for line in map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines()) if line["kind"] == "step"]
+    kept = losses("kept")
+    monkeypatch.setattr(PoE, "cast_weights", lambda self: None)
+    assert len(kept) == 6 and kept == losses("cast_in_each_pass")
+
+
+def test_the_naive_step_compares_with_the_real_one_and_refuses_what_it_is_not(data, tmp_path):
+    def script(name, *argv):
+        return subprocess.run([sys.executable, ROOT / "docs" / name, *argv], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    small = [*SMALL, "--data", str(data)]
+    done = script("train_naive.py", *small, "--objective", "joint", "--out", tmp_path / "joint")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "joint" in done.stderr
+    assert script("train_naive.py", *small, "--out", tmp_path / "naive").returncode == 0
+    train.main([*small, "--out", str(tmp_path / "fast")])
+    pytest.importorskip("matplotlib")
+    done = script("compare_losses.py", tmp_path / "losses.png", tmp_path / "fast", tmp_path / "naive" / "log.jsonl")
+    assert done.returncode == 0, done.stderr
+    fast, naive = ([float(cell) for cell in line.split("|")[3:7]] for line in done.stdout.splitlines()[2:])
+    assert fast[1:] == [0, 0, 0] and naive[1] < 1e-4 and abs(naive[0] - fast[0]) < 1e-4 and fast[0] > 1 and (tmp_path / "losses.png").stat().st_size > 1000
+    (tmp_path / "empty").write_text("")
+    for argv in ([], [tmp_path / "x.png"], [tmp_path / "x.png", tmp_path / "nowhere"], [tmp_path / "x.png", tmp_path / "empty"]):
+        done = script("compare_losses.py", *argv)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
 def test_checkpoint_round_trip_is_bit_exact(trained):
     model, record, _ = load_checkpoint(trained / "step-00006", dtype=torch.float64)
     stored = weights(trained / "step-00006")
