@@ -20,6 +20,7 @@ import gc
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -153,15 +154,16 @@ def nanochat_model(folder, config, device, compile):
     Its smear, backout, value embeddings and scalars stay as they are; it casts its weights at every forward and holds all logits.
     """
     sys.path.insert(0, folder)
+    shape = {name: getattr(config, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
     try:
         from nanochat import flash_attention, gpt
-    except ImportError as e:
-        raise ValueError(f"NANOCHAT_DIR {folder} cannot be imported ({e}); point it at a checkout of nanochat") from None
+        with torch.device("meta"):
+            model = gpt.GPT(gpt.GPTConfig(**shape, window_pattern="L"))
+    except Exception as e:                                                  # whatever a foreign checkout may raise
+        raise ValueError(f"NANOCHAT_DIR {folder} gives no model ({type(e).__name__}: {e}); point it at a checkout of nanochat") from None
     flash_attention._override_impl = "sdpa"
     flash_attention.USE_FA3 = False
-    shape = {name: getattr(config, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
     with torch.device("meta"):
-        model = gpt.GPT(gpt.GPTConfig(**shape, window_pattern="L"))
         for block in model.transformer.h:                                   # its width is 4 n_embd
             block.mlp.c_fc = gpt.Linear(config.n_embd, config.mlp_hidden, bias=False)
             block.mlp.c_proj = gpt.Linear(config.mlp_hidden, config.n_embd, bias=False)
@@ -196,12 +198,16 @@ class BenchConfig:
                 raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
                                  f"(--device-batch-size {self.device_batch_size}, or :N in --variants {self.variants}, x {PRESETS[self.preset].sequence_len})")
         names = [name for name, _ in self.labels().values()]
+        if len(names) < len(self.variants.split(",")):
+            raise ValueError(f"--variants {self.variants} has one twice; name each once")
+        if self.total_batch_tokens > 2 ** 30:
+            raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be at most 2^30")
         if "nanochat" in names and not os.environ.get("NANOCHAT_DIR"):
             raise ValueError("--variants nanochat needs the environment variable NANOCHAT_DIR: a checkout of nanochat")
         if "nanochat" in names and self.largest:
             raise ValueError("--largest fills the memory, of which nanochat's weights would take their part; leave it out of --variants")
-        if self.largest and not self.optimizer:
-            raise ValueError("--largest looks beside the optimizer's state; leave --no-optimizer out")
+        if self.largest and not (self.optimizer and {"poe", "bp"} & set(names)):
+            raise ValueError("--largest looks beside the optimizer's state of poe or bp; leave --no-optimizer out and have one of them in --variants")
         for name in ("bench_repeats", "device_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
@@ -213,7 +219,7 @@ class BenchConfig:
     def labels(self):
         """{label: (variant, sequences in a micro-batch)} of --variants; 0 sequences where there is no number behind the colon."""
         parts = {label: label.partition(":") for label in self.variants.split(",")}
-        return {label: (name, (int(size) if size.isdecimal() else 0) if colon else self.device_batch_size) for label, (name, colon, size) in parts.items()}
+        return {label: (name, (int(size) if re.fullmatch("[0-9]{1,6}", size) else 0) if colon else self.device_batch_size) for label, (name, colon, size) in parts.items()}
 
 
 def matmul_rate(device, dtype):

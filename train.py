@@ -818,3 +818,4 @@ def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, m
 
 if __name__ == "__main__":
     run(main)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # nothing is left to stop, and an interrupted interpreter's end prints tracebacks

@@ -37,6 +37,8 @@ def main(argv=None):
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("the picture needs matplotlib; pip install matplotlib") from None
+    if Path(given["picture"]).suffix != ".png":
+        raise ValueError(f"{given['picture']} is the picture to write: its name must end in .png")
     runs = {name: read(name) for name in given["runs"]}
     (first, (reference, _)), n = next(iter(runs.items())), min(len(losses) for losses, _ in runs.values())
     if not n:

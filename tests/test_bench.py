@@ -70,7 +70,10 @@ def test_the_script_times_every_variant_and_refuses_odd_ones(capsys, refused, mo
     assert rows["poe"]["device_batch_size"] == 1 and rows["poe:2"]["device_batch_size"] == 2 and rows["poe:2"]["optimizer_ms"] == rows["poe"]["optimizer_ms"]
     assert "turbo" in refused(bench.main, *argv, "--variants", "poe,turbo")
     assert "NANOCHAT_DIR" in refused(bench.main, *argv, "--variants", "nanochat")
-    for size in ("0", "3", "x", "", "-1"):
+    assert "twice" in refused(bench.main, *argv, "--variants", "poe,poe")
+    monkeypatch.setenv("NANOCHAT_DIR", "nowhere")
+    assert "NANOCHAT_DIR nowhere" in refused(bench.main, *argv, "--variants", "nanochat")
+    for size in ("0", "3", "x", "", "-1", "1:1", "9" * 5000):
         assert f"poe:{size}" in refused(bench.main, *argv, "--variants", f"poe:{size}")
     assert "--device-batch-size 0" in refused(bench.main, *argv, "--variants", "bp:1", "--device-batch-size", "0")
     assert "--seed -1" in refused(bench.main, *argv, "--seed", "-1")
