@@ -389,7 +389,7 @@ def bench_training(config):
                     "largest_micro_batch": getattr(row, "largest", None), "first_step_s": row.compile_seconds})
     return {"preset": config.preset, "device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
             "attention": attention_kernel(shape, device, dtype), "compile": compile, "total_batch_tokens": tokens, "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
-            "loader_tokens_per_s": loader_rate(open_data("", shape.vocab_size).train(shape.sequence_len, config.seed), config.device_batch_size),
+            "loader_tokens_per_s": loader_rate(open_data("", shape.vocab_size).train(shape.sequence_len, config.seed), min(data)),
             "matmul_flops_per_s": ceiling, "nominal_flops_per_s": NOMINAL_FLOPS if on_cuda else None, "variants": out}
 
 
