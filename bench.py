@@ -334,16 +334,23 @@ def bench_training(config):
         return seconds, *((torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated()) if on_cuda else (None, None))
     rows, data = {label: SimpleNamespace(times=[]) for label in labels}, {size: batches(size, config.total_batch_tokens) for _, size in labels.values()}
     for number in range(config.bench_repeats + 1):
-        for label, (_, size) in labels.items():
+        for label, (_, size) in list(labels.items()):
             row = rows[label]
             clear()
             warm = clock(device)
-            measure(label, data[size][:1])                                  # gradients exist, kernels are compiled
-            if number == 0:
-                row.compile_seconds = clock(device) - warm
-            seconds, row.activation_bytes, row.peak_bytes = measure(label, data[size])
+            try:
+                measure(label, data[size][:1])                              # gradients exist, kernels are compiled
+                if number == 0:
+                    row.compile_seconds = clock(device) - warm
+                seconds, row.activation_bytes, row.peak_bytes = measure(label, data[size])
+            except torch.OutOfMemoryError:
+                say(f"{label} is left out: its micro-batches of {size} do not fit into memory")
+                del labels[label], rows[label]
+                continue
             row.times += [seconds] if number else []
             say(f"round {number} of {config.bench_repeats}, {label}: {1e3 * seconds:.0f} ms" + f", first micro-batch {row.compile_seconds:.1f} s" * (number == 0))
+    if not labels:
+        raise ValueError(f"none of --variants {config.variants} fits into memory; choose smaller micro-batches or a smaller --preset")
     for name in WITH_OPTIMIZER if config.optimizer else ():
         of_name = {label: rows[label] for label, (variant, _) in labels.items() if variant == name}
         if not of_name:
