@@ -234,6 +234,11 @@ class Ranks:
             Ranks.current = None
 
 
+def discard_stdout():
+    """Let what is printed from here on go nowhere: its reader left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main):
     """Call a script's `main()`; end with one clear line and exit code 2 on bad input, quietly on Ctrl-C or a closed pipe.
 
@@ -246,7 +251,7 @@ def run(main):
         main()
         print(end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader left: nothing more to say
+        discard_stdout()
     except SystemExit as done:
         if not Ranks.made:
             raise

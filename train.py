@@ -44,7 +44,7 @@ from torch.nn.utils import get_total_norm
 
 from dataloader import Loader, open_data, validation_windows
 from evaluate import read_log, score, slice_text, summarize, write_json
-from flags import Ranks, flag, check_types, parse_flags, run
+from flags import Ranks, check_types, discard_stdout, flag, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps, choose_device,
                    count_parameters, flops_per_token, load_tensors, read_json, parameter_group, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
@@ -590,7 +590,11 @@ def main(argv=None):
 
     def say(text):
         if main_rank:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:                                         # who read our output left: save and end, as on a signal
+                discard_stdout()
+                stop.append(signal.SIGPIPE)
 
     def on_signal(number, frame):
         stop.append(number)

@@ -435,7 +435,8 @@ COMMANDS = {"download": download, "tokenizer": tokenizer, "tokenize": tokenize, 
 
 
 def main():
-    given = parse_flags(Config, __doc__, positionals=[("command", None, ", ".join(COMMANDS))])
+    given = parse_flags(Config, __doc__, positionals=[("command", None, ", ".join(COMMANDS) + ". --max-bytes is of download; --out to --workers "
+                                                               "are of tokenizer and tokenize; --data and --verify are of inspect; the rest is of all but inspect")])
     command = given.pop("command")
     if command not in COMMANDS:
         raise ValueError(f"no command {command!r}; choose from {', '.join(COMMANDS)} (see --help)")

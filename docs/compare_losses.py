@@ -18,28 +18,36 @@ class NoFlags:
     pass
 
 
-def read(path):
-    """(mean training loss by step, final full validation bpb) of a run folder or of a copy of its log.jsonl."""
+def read_log(path):
+    """(config, lines of steps, last full validation bpb by head) of a run folder or of a copy of its log.jsonl."""
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        losses = [line["train_loss"] for line in lines if line["kind"] == "step"]
-        return losses, [line["bpb"]["full"] for line in lines if line["kind"] == "val"][-1]
+        steps = [{key: line[key] for key in ("step", "losses", "train_loss")} for line in lines if line["kind"] == "step"]
+        bpb = [line["bpb"] for line in lines if line["kind"] == "val"][-1]
+        return lines[0]["config"], steps, {"single": bpb["single"], "full": bpb["full"]}
     except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"{path} is not the log.jsonl of a run of train.py that has validated; give run folders or their logs") from None
 
 
-def main(argv=None):
-    given = parse_flags(NoFlags, __doc__, argv, positionals=[("picture", None, "the .png to write"), ("runs", "+", "run folders, or copies of their log.jsonl")])
+def pyplot(picture):
+    """matplotlib.pyplot, drawing to files; ValueError where it is missing or `picture` is no .png."""
+    if Path(picture).suffix != ".png":
+        raise ValueError(f"{picture} is the picture to write: its name must end in .png")
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("the picture needs matplotlib; pip install matplotlib") from None
-    if Path(given["picture"]).suffix != ".png":
-        raise ValueError(f"{given['picture']} is the picture to write: its name must end in .png")
-    runs = {name: read(name) for name in given["runs"]}
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def main(argv=None):
+    given = parse_flags(NoFlags, __doc__, argv, positionals=[("picture", None, "the .png to write"), ("runs", "+", "run folders, or copies of their log.jsonl")])
+    plt = pyplot(given["picture"])
+    logs = {name: read_log(name) for name in given["runs"]}
+    runs = {name: ([line["train_loss"] for line in steps], bpb["full"]) for name, (_, steps, bpb) in logs.items()}
     (first, (reference, _)), n = next(iter(runs.items())), min(len(losses) for losses, _ in runs.values())
     if not n:
         raise ValueError(f"a run of {', '.join(runs)} has no steps; train it first")
