@@ -44,6 +44,23 @@ def test_casts_in_each_pass_give_the_gradients_of_kept_casts():
         assert (p.grad - dict(dropped.named_parameters())[name].grad).abs().max() <= 2 ** -8 * p.grad.abs().max(), name
 
 
+def test_gradients_in_bfloat16_are_as_near_to_those_in_float64_as_the_naive_steps():
+    idx, targets = tokens()
+    batches = [(idx[i:i + 1], targets[i:i + 1]) for i in range(3)]
+
+    def gradients(dtype, step, **switches):
+        model = make().float() if dtype == torch.bfloat16 else make()
+        model.compute_dtype = dtype
+        if not switches:
+            model.cast_weights()
+        step(model, batches, 1 / targets.numel(), **switches)
+        return {name: p.grad.double() for name, p in model.named_parameters() if p.dim() == 2}
+    exact = gradients(torch.float64, bench.real_step)
+    narrow = gradients(torch.bfloat16, bench.real_step), gradients(torch.bfloat16, bench.trial_step, merged=False, chunked=False, per_stage=False)
+    ours, naive = (sum((grads[name] - grad).norm() / grad.norm() for name, grad in exact.items()) / len(exact) for grads in narrow)
+    assert 0.001 < ours < 1.1 * naive < 0.1, (ours, naive)
+
+
 @pytest.mark.parametrize("guess", [0, 1, 5, 7, 8, 20])
 def test_the_largest_micro_batch_is_found_from_any_guess(guess):
     def measure(n):
