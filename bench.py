@@ -176,7 +176,8 @@ def nanochat_model(folder, config, device, compile):
 @dataclass(frozen=True)
 class BenchConfig:
     preset: str = flag("3b", "shape of the model", choices=tuple(PRESETS))
-    variants: str = flag(",".join(VARIANTS + ("nanochat",) * bool(os.environ.get("NANOCHAT_DIR"))), "which ones, in this order, with :N in micro-batches of N sequences; nanochat, the last by default, needs NANOCHAT_DIR")
+    variants: str = flag(",".join(VARIANTS + ("nanochat",) * bool(os.environ.get("NANOCHAT_DIR"))),
+                         "which ones, in this order, with :N in micro-batches of N sequences; nanochat, the last by default, needs NANOCHAT_DIR")
     total_batch_tokens: int = flag(65536, "tokens of an optimizer step")
     device_batch_size: int = flag(4, "sequences in a forward and backward pass")
     bench_repeats: int = flag(5, "timed rounds")
@@ -395,7 +396,8 @@ def bench_training(config):
                     "mfu_matmul": flops[name] * tokens / seconds / ceiling, "activation_bytes": row.activation_bytes, "peak_bytes": row.peak_bytes,
                     "largest_micro_batch": getattr(row, "largest", None), "first_step_s": row.compile_seconds})
     return {"preset": config.preset, "device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
-            "attention": attention_kernel(shape, device, dtype), "compile": compile, "total_batch_tokens": tokens, "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
+            "attention": attention_kernel(shape, device, dtype), "compile": compile, "total_batch_tokens": tokens,
+            "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
             "loader_tokens_per_s": loader_rate(open_data("", shape.vocab_size).train(shape.sequence_len, config.seed), min(data)),
             "matmul_flops_per_s": ceiling, "nominal_flops_per_s": NOMINAL_FLOPS if on_cuda else None, "variants": out}
 
@@ -581,7 +583,8 @@ def training_table(result):
     lines = ["| variant | micro-batch | forward + backward | min to max | of bp | optimizer | tokens/s | with optimizer | MFU | with optimizer "
              "| of matmul | activations | peak | largest micro-batch |", "| --- |" + " ---: |" * 13]
     for row in result["variants"]:
-        cells = (row["name"], cell(row["device_batch_size"], "d"), cell(row["fwdbwd_ms"], ".1f", " ms"), f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}", cell(row["of_bp"], ".3f"),
+        cells = (row["name"], cell(row["device_batch_size"], "d"), cell(row["fwdbwd_ms"], ".1f", " ms"),
+                 f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}", cell(row["of_bp"], ".3f"),
                  cell(row["optimizer_ms"], ".1f", " ms"), cell(row["tokens_per_s"], ",.0f"), cell(row["tokens_per_s_with_optimizer"], ",.0f"),
                  cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"), cell(row["mfu_matmul"], ".1%"),
                  *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")), cell(row["largest_micro_batch"], "d"))
