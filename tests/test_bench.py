@@ -98,3 +98,15 @@ def test_the_script_times_every_variant_and_refuses_odd_ones(capsys, refused, mo
     assert "--seed -1" in refused(bench.main, *argv, "--seed", "-1")
     assert "--largest" in refused(bench.main, *argv, "--largest")
     assert "--total-batch-tokens 100" in refused(bench.main, *argv[:2], "--total-batch-tokens", "100")
+
+
+def test_a_variant_that_does_not_fit_is_left_out_and_the_others_go_on(capsys, monkeypatch):
+    def full(*args, **switches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(bench, "trial_step", full)
+    argv = ["--preset", "tiny", "--total-batch-tokens", "512", "--device-batch-size", "1", "--bench-repeats", "1", "--device", "cpu", "--no-optimizer"]
+    bench.main([*argv, "--variants", "naive,poe"])
+    told = capsys.readouterr()
+    assert [row["name"] for row in json.loads(told.out.splitlines()[-1])["variants"]] == ["poe"] and "naive is left out" in told.err
+    with pytest.raises(ValueError, match="none of --variants naive,one-backward fits"):
+        bench.main([*argv, "--variants", "naive,one-backward"])
