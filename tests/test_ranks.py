@@ -19,7 +19,7 @@ import torch
 
 import flags
 import train
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, said_by_us
 from model import PRESETS, PoE, checkpoint_steps, verify_checkpoint
 from muon import MuonAdamW, assign_owners
 from test_train import log_lines, weights
@@ -61,7 +61,7 @@ def run_ranks(world, argv, folder, prepare=lambda rank: None, timeout=60):
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    return codes, [(folder / f"{rank}.out").read_text() for rank in range(world)]
+    return codes, [said_by_us((folder / f"{rank}.out").read_text()) for rank in range(world)]
 
 
 def optimizer_state(step_dir):
