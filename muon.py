@@ -38,7 +38,7 @@ def orthogonalize(G):
     """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately.
 
     Runs in bfloat16 on CUDA, where that is fast and enough, and in the dtype of G elsewhere, which it returns. (float16 is nearer to
-    the exact iteration, but d12 and tiny learnt a little worse with it, in all of four runs.)
+    the exact iteration, but d12 and tiny learnt no better with it.)
     With G = U S V^T and X scaled to spectral norm <= 1, an iteration is X <- a X + (b A + c A^2) X, A = X X^T.
     """
     X = G.bfloat16() if G.is_cuda else G

@@ -55,20 +55,16 @@ def main(argv=None):
     print(f"| run | validation bpb, full | training loss, mean of the last 20 steps | largest difference from {first} at a step | mean difference | its standard deviation |")
     print("| --- |" + " ---: |" * 5)
     for number, (name, (losses, bpb)) in enumerate(runs.items()):
-        style, shade, last = ("-", "--", ":", "-.")[number % 4], str(0.7 * number / len(runs)), losses[:n][-20:]
+        last = losses[:n][-20:]
         apart = [a - b for a, b in zip(losses[:n], reference)]
         center = sum(apart) / n
         spread = (sum((d - center) ** 2 for d in apart) / n) ** 0.5
         print(f"| {name} | {bpb:.4f} | {sum(last) / len(last):.4f} | {max(map(abs, apart)):.4f} | {center:+.5f} | {spread:.5f} |")
-        label = Path(name).stem
-        left.plot(range(n), losses[:n], style, color=shade, lw=1.2, label=label)
-        if name != first:
-            right.plot(range(n), apart, style, color=shade, lw=1, label=f"{label} − {Path(first).stem}")
+        left.plot(range(n), losses[:n], color=f"C{number}", lw=1, label=Path(name).stem)
+        right.plot(range(n), apart, color=f"C{number}", lw=0.8)
     left.set(xlabel="step", ylabel="training loss, nats per token")
-    right.set(xlabel="step", ylabel="difference, nats")
+    right.set(xlabel="step", ylabel=f"difference from {Path(first).stem}, nats")
     left.legend(fontsize=8)
-    if len(runs) > 1:
-        right.legend(fontsize=8)
     figure.savefig(given["picture"], dpi=150)
 
 
