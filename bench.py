@@ -36,7 +36,7 @@ from flags import flag, parse_flags, run
 from model import (PRESETS, Linear, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device, flops_per_token, get,
                    head_cross_entropy, norm, softcap, stage_bytes)
 from muon import MuonAdamW
-from sample import Engine, Plan, check_room, decode_timed, kernels_fit, make_plan
+from sample import Engine, Plan, count_new_tokens, decode_timed, kernels_fit, make_plan
 from train import RECIPES, optimizer_groups
 
 
@@ -549,10 +549,7 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
     """`sample.py --bench`: print a table for people, and one JSON line last. prompts: texts; [""] stands for three of our own."""
     prompts = list(BENCH_PROMPTS) if prompts == [""] else prompts
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    room = model.config.sequence_len + 1 - max(map(len, encoded))
-    config = replace(config, max_new_tokens=config.max_new_tokens or max(1, min(256, room)))
-    for ids in encoded:
-        check_room(model.config, ids, config.max_new_tokens)
+    config = replace(config, max_new_tokens=count_new_tokens(model.config, encoded, config.max_new_tokens, default=256))
     plans = bench_plans(model.config, config, bounds, metrics)
     result = {"checkpoint": checkpoint and str(checkpoint), "random_weights": config.preset} | bench(model, encoded, config, plans)
     known = {"full": get(metrics, ("bpb", "full")), "s0 alone": get(metrics, ("bpb", "single", 0))}

@@ -876,23 +876,28 @@ def is_numbers(values, n):
 # ---------------------------------------------------------------------------------------------------------------
 # Text
 
-def check_room(config, prompt, max_new_tokens):
-    """Raise ValueError unless the context holds the prompt and the new tokens; the last of these is never fed back."""
-    context, left = config.sequence_len, config.sequence_len + 1 - len(prompt)
-    if max_new_tokens > left:
-        raise ValueError(f"the prompt has {len(prompt)} tokens of a context of {context}: " + (
-            f"{left} are left, so --max-new-tokens {max_new_tokens} is too many" if left > 0 else "it is too long; shorten it"))
+def count_new_tokens(config, encoded, asked, default=64):
+    """How many tokens to generate after each of these prompts of ids: `asked`, or where that is None up to `default`, as far as the context goes.
+
+    The last token is never fed back. Raises ValueError where the context has no room.
+    """
+    longest = max(map(len, encoded))
+    left = config.sequence_len + 1 - longest
+    if left < (asked or 1):
+        raise ValueError(f"the prompt has {longest} tokens of a context of {config.sequence_len}: " + (
+            f"{left} are left, so --max-new-tokens {asked} is too many" if left > 0 else "it is too long; shorten it"))
+    return asked or min(default, left)
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(), n_samples=1, fast=False, on_text=None):
     """Yield the continuations of texts, `n_samples` of each in order, as dicts. on_text: called with the first one's text as it comes.
 
+    max_new_tokens: None is 64, as far as the context goes.
     prompt, completion, token_ids, log_probs (nats), stages (that proposed each token), depths (stages that decided it), stopped ("bos" or
     "length"), and for one row at a time steps: cycles, drafts judged and accepted. Half a character is held back until the rest comes.
     """
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    for ids in encoded:
-        check_room(model.config, ids, max_new_tokens)
+    max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
     jobs, engines = [i // n_samples for i in range(len(prompts) * n_samples)], {}
     size = 1 if plan.draft_len or plan.adaptive else ROWS
     for first in range(0, len(jobs), size):
@@ -1039,7 +1044,7 @@ def main(argv=None):
         streaming = not config.json and len(prompts) * config.num_samples == 1
         if streaming:
             print(prompts[0], end="", flush=True)
-        samples = complete(model, tokenizer, prompts, config.max_new_tokens or 64, plan,
+        samples = complete(model, tokenizer, prompts, config.max_new_tokens, plan,
                            Sampling(config.temperature, config.top_k, config.top_p, config.seed), config.num_samples, config.compile,
                            on_text=(lambda text: print(text, end="", flush=True)) if streaming else None)
         for number, sample in enumerate(samples):

@@ -17,7 +17,7 @@ import sample
 from conftest import ROOT
 from dataloader import Tokenizer
 from model import BOUNDS_KEY, checkpoint_steps, combine, load_checkpoint, stage_bytes
-from sample import ROWS, Engine, Plan, Sampling, check_room, complete, draw, generate, gumbel_noise, make_plan
+from sample import ROWS, Engine, Plan, Sampling, complete, count_new_tokens, draw, generate, gumbel_noise, make_plan
 from test_model import make
 
 ROW = torch.zeros(1, dtype=torch.int64)
@@ -83,7 +83,12 @@ def test_a_prompt_of_bos_alone_a_full_context_and_a_long_prompt_work(monkeypatch
 @pytest.mark.parametrize("length, new, words", [(10, 72, "10 tokens of a context of 80: 71 are left"), (82, 1, "too long")])
 def test_a_context_that_would_overflow_says_what_is_left(length, new, words):
     with pytest.raises(ValueError, match=words):
-        check_room(small().config, [1] * length, new)
+        count_new_tokens(small().config, [[1], [1] * length], new)
+
+
+@pytest.mark.parametrize("longest, asked, new", [(10, None, 64), (60, None, 21), (80, None, 1), (60, 20, 20), (60, 21, 21)])
+def test_tokens_to_generate_are_those_asked_for_or_64_as_far_as_the_context_of_80_goes(longest, asked, new):
+    assert count_new_tokens(small().config, [[1], [1] * longest], asked) == new
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, seed=5), Sampling(1.3, 9, 0.8, seed=6)])
