@@ -670,10 +670,10 @@ def verify_checkpoint(path, skip_optimizer=False, share=(0, 1)):
     path = Path(path)
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} has no manifest.json: it is not a whole checkpoint; use another step") from None
         if not {"config.json", "model.pt"} <= files.keys() or any(".." in name or name.startswith("/") for name in files):
             raise ValueError("it must name config.json, model.pt and files beside them")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} has no manifest.json: it is not a whole checkpoint; use another step") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}/manifest.json is not readable ({e}); use another step") from None
     for number, (name, sha256) in enumerate(files.items()):

@@ -251,6 +251,16 @@ def test_a_checkpoint_without_one_of_its_files_is_refused(name, trained, tmp_pat
         load_checkpoint(tmp_path / "step-00006")
 
 
+@pytest.mark.parametrize("change", [{"model.pt": None}, {"config.json": None}, {"../secret": "0"}, {"/etc/passwd": "0"}])
+def test_a_manifest_names_the_weights_the_config_and_nothing_outside_of_the_checkpoint(change, trained, tmp_path, refused):
+    step = tmp_path / "step-00006"
+    shutil.copytree(trained / "step-00006", step)
+    files = json.loads((step / "manifest.json").read_text())["files"] | change
+    (step / "manifest.json").write_text(json.dumps({"format": 1, "files": {name: sha256 for name, sha256 in files.items() if sha256}}))
+    line = refused(sample.main, step)
+    assert "manifest.json" in line and "must name config.json, model.pt and files beside them" in line
+
+
 def test_weights_of_another_shape_are_named(trained, tmp_path):
     record = json.loads((trained / "step-00006" / "config.json").read_text())
     record["model"]["mlp_hidden"] = 24
