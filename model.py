@@ -112,10 +112,11 @@ def norm(x):
 
 
 def rotary_tables(sequence_len, head_dim):
-    """Return cos and sin, float32 (sequence_len, head_dim / 2), of RoFormer's angles (arXiv 2104.09864)."""
-    inv_freq = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(sequence_len, dtype=torch.float32), inv_freq)
-    return angles.cos(), angles.sin()
+    """Return cos and sin, float32 (sequence_len, head_dim / 2), of RoFormer's angles (arXiv 2104.09864). On the CPU: the same bits everywhere."""
+    with torch.device("cpu"):
+        inv_freq = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.outer(torch.arange(sequence_len, dtype=torch.float32), inv_freq)
+        return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
@@ -252,6 +253,11 @@ class Linear(nn.Linear):
             self.weight.grad = torch.zeros_like(self.weight)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Do nothing, as `Linear`. (On the meta device the default's random numbers would import the compiler, which takes 1.7 s.)"""
+
+
 class LinearByCast(torch.autograd.Function):
     """x cast^T, whose backward adds the weight's gradient to weight_grad in float32, where autograd would first round it to the dtype of x.
 
@@ -315,7 +321,7 @@ class Attention(nn.Module):
         self.c_k = Linear(config.n_embd, kv_dim)
         self.c_v = Linear(config.n_embd, kv_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.value_embed = nn.Embedding(config.vocab_size, kv_dim) if config.has_value_embed(layer) else None
+        self.value_embed = Embedding(config.vocab_size, kv_dim) if config.has_value_embed(layer) else None
         self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head) if config.has_value_embed(layer) else None
 
     def forward(self, x, idx, cos, sin, cache=None):
@@ -379,7 +385,7 @@ class PoE(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)             # shared by all stages
         n_own = config.n_stage if config.n_stage > 1 else 0                 # a single stage needs no head beside the shared one
@@ -388,9 +394,8 @@ class PoE(nn.Module):
         self.layers_of_stage = [range(end - n, end) for end, n in zip(ends, config.stage_layers)]
         self.merged_heads = None                                            # kept by `cast_weights` and `freeze_for_inference`
         self.chunk_loss = cross_entropy_chunk                               # its compiled form after `compile_regions`
-        cos, sin = rotary_tables(config.sequence_len, config.head_dim)
-        self.register_buffer("cos", cos, persistent=False)                  # (sequence_len, D / 2)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_tables(config.sequence_len, config.head_dim)):
+            self.register_buffer(name, table.to(self.wte.weight.device), persistent=False)          # (sequence_len, D / 2)
 
     @classmethod
     def from_record(cls, record, weights, compute_dtype=torch.float32):
