@@ -1,8 +1,8 @@
 """What the tests share: the import path, one torch thread (small tensors gain nothing from more), a small corpus and a trained run."""
-import gc
 import json
 import random
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -62,9 +62,10 @@ def refused(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             run(lambda: main([str(a) for a in argv]))
-        code, lines = stopped.value.code, capsys.readouterr().err.splitlines()
-        del stopped
-        gc.collect()            # in a process of its own the end would close the run's lock, which the exception's frames still hold
+        code, lines, error = stopped.value.code, capsys.readouterr().err.splitlines(), stopped.value
+        while error:            # a process of its own would close the run's lock at its end; here the exceptions' frames hold it
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
         assert code == 2 and len(lines) == 1, lines
         return lines[0]
     return call
