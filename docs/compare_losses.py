@@ -19,13 +19,13 @@ class NoFlags:
 
 
 def read_log(path):
-    """(config, lines of steps, last full validation bpb by head) of a run folder or of a copy of its log.jsonl."""
+    """(header, lines of steps, last full validation bpb by head) of a run folder or of a copy of its log.jsonl."""
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = [{key: line[key] for key in ("step", "losses", "train_loss")} for line in lines if line["kind"] == "step"]
+        steps = [{key: line[key] for key in ("step", "losses", "train_loss", "dt", "fwdbwd")} for line in lines if line["kind"] == "step"]
         bpb = [line["bpb"] for line in lines if line["kind"] == "val"][-1]
-        return lines[0]["config"], steps, {"single": bpb["single"], "full": bpb["full"]}
+        return {key: lines[0][key] for key in ("config", "device", "world_size")}, steps, {"single": bpb["single"], "full": bpb["full"]}
     except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"{path} is not the log.jsonl of a run of train.py that has validated; give run folders or their logs") from None
 

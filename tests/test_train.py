@@ -221,6 +221,29 @@ def test_the_naive_step_compares_with_the_real_one_and_refuses_what_it_is_not(da
     assert "empty" in refused(compare_losses.main, picture, tmp_path / "fast", tmp_path / "empty")
 
 
+def test_exposed_communication_is_what_a_step_takes_beyond_one_gpus_work(tmp_path, monkeypatch, capsys, refused):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import scaling
+
+    def log(name, world, dt, fwdbwd, tokens=65536, n=12, device="H200"):
+        lines = [{"kind": "header", "config": {"total_batch_tokens": tokens * world}, "device": device, "world_size": world},
+                 {"kind": "val", "bpb": {"single": [1.0], "full": 1.0}}]
+        slow = {0: 9.0, 6: 3.0}                                 # compilation, and one odd step
+        lines += [{"kind": "step", "step": i, "losses": [1.0], "train_loss": 1.0, "dt": dt * slow.get(i, 1), "fwdbwd": fwdbwd} for i in range(n)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+        return str(tmp_path / name)
+    one, four = log("one", 1, 2.0, 1.76), log("four", 4, 1.9, 1.8)
+    scaling.main([one, four])
+    first, last = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
+    assert first[0] == "| 1 x H200" and first[1:4] == ["2.000 s", "1.760 s", "0.240 s"] and first[6].strip(" |") == ""
+    # (1.9 - 1.76 - 0.24 / 4) / 1.9 = 4.2 %; 4 x 65,536 / 1.9 = 137,971
+    assert last[4:] == ["137,971", "105.3%", "4.2% |"]
+    assert "four ran on 4 ranks; give a run on one first" in refused(scaling.main, four, one)
+    assert "other ran with 32,768 tokens a step and rank" in refused(scaling.main, one, log("other", 2, 1.9, 1.8, 32768))
+    assert "on H100" in refused(scaling.main, one, log("other", 2, 1.9, 1.8, device="H100"))
+    assert "short has 9 steps" in refused(scaling.main, one, log("short", 2, 1.9, 1.8, n=9))
+
+
 def test_checkpoint_round_trip_is_bit_exact(trained):
     model, record, _ = load_checkpoint(trained / "step-00006", dtype=torch.float64)
     stored = weights(trained / "step-00006")

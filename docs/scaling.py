@@ -1,0 +1,51 @@
+"""
+What more GPUs bring and what their communication costs, from the logs of short runs of train.py on 1, 2, 4, ... of them: a table.
+
+    for n in 1 2 4; do
+        torchrun --standalone --nproc_per_node $n train.py --preset 3b --total-batch-tokens $((65536 * n)) --num-steps 20 --warmup-steps 2 \\
+            --eval-tokens 16384 --save-every -1 --out runs/gpus-$n
+    done
+    python docs/scaling.py runs/gpus-1 runs/gpus-2 runs/gpus-4
+
+Each GPU has the same work in every run, so on W of them a step without communication would take forward and backward of one GPU, and 1 / W
+of the rest of its step, which is the optimizer's work. Exposed communication is what the step takes beyond that, as a share of the step.
+"""
+import sys
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from compare_losses import NoFlags, read_log
+from flags import parse_flags, run
+
+SKIPPED = 5         # steps at the beginning, which compile and warm up
+
+
+def read_times(path):
+    """(ranks, tokens of a step and rank, device, seconds of a step, seconds of forward and backward) of a run: medians."""
+    header, steps, _ = read_log(path)
+    if len(steps) < SKIPPED + 5:
+        raise ValueError(f"{path} has {len(steps)} steps; take {SKIPPED + 5} or more, of which the first {SKIPPED} do not count")
+    ranks = header["world_size"]
+    return ranks, header["config"]["total_batch_tokens"] // ranks, header["device"], *(median(line[key] for line in steps[SKIPPED:]) for key in ("dt", "fwdbwd"))
+
+
+def main(argv=None):
+    given = parse_flags(NoFlags, __doc__, argv, positionals=[("runs", "+", "run folders, or copies of their log.jsonl: the first on one GPU")])
+    runs = {name: read_times(name) for name in given["runs"]}
+    (first, (one, share, device, step_of_one, fwdbwd_of_one)) = next(iter(runs.items()))
+    if one != 1:
+        raise ValueError(f"{first} ran on {one} ranks; give a run on one first, which the others are held against")
+    print("| GPUs | step | forward + backward | the rest: optimizer | tokens/s | tokens/s per GPU, of one alone's | exposed communication |")
+    print("| ---: |" + " ---: |" * 6)
+    for name, (ranks, tokens, kind, step, fwdbwd) in runs.items():
+        if (tokens, kind) != (share, device):
+            raise ValueError(f"{name} ran with {tokens:,} tokens a step and rank on {kind}, {first} with {share:,} on {device}: give runs alike")
+        exposed = (step - fwdbwd_of_one - (step_of_one - fwdbwd_of_one) / ranks) / step
+        print(f"| {ranks} x {kind} | {step:.3f} s | {fwdbwd:.3f} s | {step - fwdbwd:.3f} s | {ranks * tokens / step:,.0f} | {step_of_one / step:.1%} "
+              f"| {'' if ranks == 1 else f'{exposed:.1%}'} |")
+
+
+if __name__ == "__main__":
+    run(main)
