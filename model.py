@@ -69,7 +69,7 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be from 1 to 10,000,000")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
-        if any(type(n) is not int for n in self.stage_layers) or min(self.stage_layers, default=0) < 1 or sum(self.stage_layers) != self.n_layer:
+        if any(type(n) is not int or n < 1 for n in self.stage_layers) or sum(self.stage_layers) != self.n_layer:
             raise ValueError(f"stage_layers {self.stage_layers} must be positive and sum to n_layer = {self.n_layer}; "
                              f"change --stage-layers or --n-layer")
         if self.objective == "bp" and len(self.stage_layers) != 1:
@@ -112,7 +112,10 @@ def norm(x):
 
 
 def rotary_tables(sequence_len, head_dim):
-    """Return cos and sin, float32 (sequence_len, head_dim / 2), of RoFormer's angles (arXiv 2104.09864). On the CPU: the same bits everywhere."""
+    """Return cos and sin, float32 (sequence_len, head_dim / 2), of RoFormer's angles (arXiv 2104.09864).
+
+    Computed on the CPU, so that training and decoding have the same bits on every device.
+    """
     with torch.device("cpu"):
         inv_freq = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angles = torch.outer(torch.arange(sequence_len, dtype=torch.float32), inv_freq)
@@ -221,7 +224,8 @@ def attention_kernel(config, device, dtype):
     """The kernel that attention runs by in training under `attention_backends`: cudnn, flash, efficient or math; elsewhere the device's name."""
     if device.type != "cuda":
         return device.type
-    q, kv = (torch.empty(1, n, config.sequence_len, config.head_dim, device=device, dtype=dtype, requires_grad=True) for n in (config.n_head, config.n_kv_head))
+    q, kv = (torch.empty(1, n, config.sequence_len, config.head_dim, device=device, dtype=dtype, requires_grad=True)
+             for n in (config.n_head, config.n_kv_head))
     params = cuda_backend.SDPAParams(q, kv, kv, None, 0.0, True, config.n_head != config.n_kv_head)
     usable = {"cudnn": cuda_backend.can_use_cudnn_attention, "flash": cuda_backend.can_use_flash_attention,
               "efficient": cuda_backend.can_use_efficient_attention}
@@ -332,8 +336,10 @@ class Attention(nn.Module):
         if self.value_embed is not None:
             embed = self.value_embed(idx).to(x.dtype).view(v.shape)
             gate = self.value_gate(x[..., :self.value_gate.in_features])                        # (B, T, H_kv)
-            if cache is not None:                       # a CPU's vector code and its code for the rest differ in the last bit; rounding hides it,
-                gate = gate.double()                    # so that a decoded row does not depend on its place in the pass
+            if cache is not None:
+                # a CPU's vector code and its code for the remainder differ in the last bit; rounding from float64 hides that, so that
+                # a decoded row does not depend on its place in the pass
+                gate = gate.double()
             v = v + (3 * torch.sigmoid(gate)).to(x.dtype)[..., None] * embed
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         mask = None
@@ -745,9 +751,11 @@ def load_tensors(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} is not a file of tensors: {str(e).splitlines()[0]}; use another step") from None
-    values = [x for value in tensors.values() for x in (value.values() if isinstance(value, dict) else [value])] if isinstance(tensors, dict) else [None]
-    odd = [x for x in values if not isinstance(x, (torch.Tensor, int)) or (isinstance(x, torch.Tensor) and (x.is_meta or x.layout != torch.strided))]
-    if odd:
+    def dense(value):
+        return isinstance(value, int) or (isinstance(value, torch.Tensor) and not value.is_meta and value.layout == torch.strided)
+
+    values = tensors.values() if isinstance(tensors, dict) else [None]
+    if not all(dense(x) for value in values for x in (value.values() if isinstance(value, dict) else [value])):
         raise ValueError(f"{path} holds something else than dense tensors by name; use another step")
     return tensors
 

@@ -53,8 +53,8 @@ def orthogonalize(G):
 
 
 def elementwise(compile, function, tensors, numbers):
-    """function(*tensors, *numbers); with `compile` as one kernel for all shapes, which takes its numbers as 0-d tensors: a float would be a constant."""
-    if compile:
+    """function(*tensors, *numbers); with `compile` as one kernel for all shapes."""
+    if compile:                                                             # numbers as 0-d tensors: a float would be a constant of the kernel
         function, numbers = compiled(function), [torch.tensor(x, dtype=tensors[0].dtype) for x in numbers]
     return function(*tensors, *numbers)
 
@@ -205,8 +205,11 @@ class MuonAdamW:
 
     def load_state_dict(self, state):
         """Copy the state of this rank's parameters from {name: state}, which may hold others' too. Raises ValueError where one is missing."""
+        def shapes(of_name):
+            return {key: getattr(value, "shape", ()) for key, value in of_name.items()}
+
         for name, mine in self.state.items():
-            if name not in state or {k: getattr(v, "shape", ()) for k, v in state[name].items()} != {k: getattr(v, "shape", ()) for k, v in mine.items()}:
+            if name not in state or shapes(state[name]) != shapes(mine):
                 raise ValueError(f"the optimizer state of {name} is missing from the checkpoint or has another shape")
             for key, value in state[name].items():
                 if key == "step":
