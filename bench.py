@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import model as model_file
 from dataloader import Loader, open_data
 from flags import flag, parse_flags, run
-from model import (PRESETS, Linear, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device, flops_per_token, get,
+from model import (PRESETS, Linear, LinearByCast, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device, flops_per_token, get,
                    head_cross_entropy, norm, softcap, stage_bytes)
 from muon import MuonAdamW
 from sample import Engine, Plan, count_new_tokens, decode_timed, kernels_fit, make_plan
@@ -61,7 +61,7 @@ def head_gradient(model, k, normed, targets, scale, merged, chunked, casts):
         return loss, grad.view_as(normed)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = F.linear(x, model.merge_head(k)) if merged else shared(x) + own(x)
+        logits = LinearByCast.apply(x, own.weight, model.head_weight(k).detach(), own.weight.grad) if merged else shared(x) + own(x)
         loss = F.cross_entropy(softcap(logits), targets, reduction="sum") * scale
     loss.backward()
     return loss.detach(), x.grad.view_as(normed)
@@ -116,7 +116,7 @@ def trial_step(model, batches, scale, merged=True, chunked=True, per_stage=True,
                 kept += [] if per_stage else [pair]
             if kept:
                 torch.autograd.backward([normed for normed, _ in kept], [grad for _, grad in kept])
-    if merged and chunked:
+    if merged:
         for head in model.lm_head_stages:
             model.lm_head.weight.grad += head.weight.grad
     return losses
@@ -282,9 +282,18 @@ def loader_rate(mix, rows, n=64):
 
 
 def bench_training(config):
-    """Forward + backward of each variant interleaved, then optimizers, then the largest micro-batches: a JSON-ready dict."""
+    """Forward + backward of each variant interleaved, then optimizers, then the largest micro-batches: a JSON-ready dict.
+
+    activation_bytes: the most that a step allocates above what it finds: weights, gradients, kept casts. A variant that casts in each pass
+    keeps those casts for its backward, so there they count. peak_bytes: of all that is on the device, other variants' weights too.
+    MFU is of an H100's or H200's nominal bfloat16 rate; None elsewhere.
+    """
     device, dtype = choose_device(config.device, config.dtype)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     on_cuda, shape = device.type == "cuda", PRESETS[config.preset]
+    device_name = torch.cuda.get_device_name() if on_cuda else "cpu"
+    nominal = NOMINAL_FLOPS if re.search("H100|H200", device_name) and dtype == torch.bfloat16 else None
     compile = on_cuda if config.compile is None else config.compile
     torch.manual_seed(config.seed)
     with torch.device(device):
@@ -321,13 +330,14 @@ def bench_training(config):
             torch.cuda.empty_cache()
 
     def measure(label, data):
-        """(seconds, activation bytes, peak bytes) of one step; gradients are there before it and do not count as activations."""
+        """(seconds, activation bytes, peak bytes) of one step; gradients and kept casts are there before it and do not count as activations."""
         name, _ = labels[label]
         m, step, switches = steps[name]
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = clock(device)
+        m.zero_grad(set_to_none=True)                                       # as an optimizer's step leaves it
         if name != "nanochat":
             (drop_casts if name in ("naive", "cast-each-pass") else PoE.cast_weights)(m)
         step(m, data, 1 / config.total_batch_tokens, **switches)
@@ -374,9 +384,12 @@ def bench_training(config):
             free = torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated() - sum(4 * p.numel() for p in m.parameters())
             label, row = next(iter(of_name.items()))
 
+            if name == "bp":                                                # what poe alone needs takes no room from it
+                model.merged_heads, model.lm_head_stages = None, torch.nn.ModuleList()
+
             def one_step(n):
                 torch.compiler.reset()                                      # a new size compiles anew
-                measure(label, batches(n, n * shape.sequence_len))
+                measure(label, batches(n, 2 * n * shape.sequence_len))      # the second micro-batch runs beside all gradients of the first
             row.largest = largest_batch(one_step, clear, int(labels[label][1] * free / row.activation_bytes))
         del optimizer
     clear()
@@ -391,15 +404,15 @@ def bench_training(config):
                     "optimizer_ms": 1e3 * row.optimizer_seconds if hasattr(row, "optimizer_seconds") else None,
                     "tokens_per_s": tokens / seconds, "tokens_per_s_with_optimizer": None if math.isnan(whole) else tokens / whole,
                     "gflops_per_token": flops[name] / 1e9, "gflops_per_token_causal": (flops[name] - 6 * shape.n_embd * shape.sequence_len * shape.n_layer) / 1e9,
-                    "mfu_nominal": flops[name] * tokens / seconds / NOMINAL_FLOPS if on_cuda else None,
-                    "mfu_nominal_with_optimizer": None if math.isnan(whole) or not on_cuda else flops[name] * tokens / whole / NOMINAL_FLOPS,
+                    "mfu_nominal": flops[name] * tokens / seconds / nominal if nominal else None,
+                    "mfu_nominal_with_optimizer": None if math.isnan(whole) or not nominal else flops[name] * tokens / whole / nominal,
                     "mfu_matmul": flops[name] * tokens / seconds / ceiling, "activation_bytes": row.activation_bytes, "peak_bytes": row.peak_bytes,
                     "largest_micro_batch": getattr(row, "largest", None), "first_step_s": row.compile_seconds})
-    return {"preset": config.preset, "device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
+    return {"preset": config.preset, "device": device_name, "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
             "attention": attention_kernel(shape, device, dtype), "compile": compile, "total_batch_tokens": tokens,
             "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
             "loader_tokens_per_s": loader_rate(open_data("", shape.vocab_size).train(shape.sequence_len, config.seed), min(data)),
-            "matmul_flops_per_s": ceiling, "nominal_flops_per_s": NOMINAL_FLOPS if on_cuda else None, "variants": out}
+            "matmul_flops_per_s": ceiling, "nominal_flops_per_s": nominal, "variants": out}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -470,7 +483,7 @@ def bench(model, prompts, config, plans):
     """Measure plans side by side, a JSON-ready dict. Greedy, one row at a time; a round is every plan over every prompt; the first warms up.
 
     speedup: the median over rounds of the time of "full" over this one's. bytes_per_token: weights and cache that the passes read.
-    identical: the very tokens of "full". agreement: share of tokens that the full product would have chosen after the same text.
+    "full, no graphs" is the first prompt's first 64 tokens, once. identical: the very tokens of "full". agreement: share of tokens that the full product would have chosen after the same text.
     """
     device, on_cuda = model.cos.device, model.cos.device.type == "cuda"
     kernels = on_cuda and kernels_fit(model)
@@ -522,7 +535,8 @@ def bench_table(result, bpb):
     lines = ["| mode | bpb | tokens/s | min to max | ms/token | speedup | tokens/cycle | acceptance | left after s0, s1, ... | agrees with full "
              "| MB/token | of nominal | of copy | first token |", "| --- |" + " ---: |" * 13]
     for row in result["modes"]:
-        cells = (row["name"], cell(bpb.get(row["name"], bpb.get("full") if row["identical"] else None), ".4f"), cell(row["tokens_per_s"], ".1f"),
+        lossless = row["identical"] and row["name"].startswith(("full", "speculative"))      # the same text alone is not the same distribution
+        cells = (row["name"], cell(bpb.get(row["name"], bpb.get("full") if lossless else None), ".4f"), cell(row["tokens_per_s"], ".1f"),
                  f"{row['tokens_per_s_min']:.1f} to {row['tokens_per_s_max']:.1f}", cell(row["ms_per_token"], ".3f"), cell(row["speedup"], ".2f") + "x",
                  cell(row["tokens_per_cycle"], ".2f"), cell(row["acceptance"], ".4f"), " ".join(f"{share:.3f}" for share in row["exits"]),
                  "identical" if row["identical"] else cell(row["agreement"], ".4f"), cell(row["bytes_per_token"] / 1e6, ".1f"),

@@ -745,7 +745,7 @@ def generate(engine, max_new_tokens):
         return
     stage, depth, made, flying = plan.heads[-1], plan.heads[-1] + 1, 0, deque()
     while made < max_new_tokens:
-        while len(flying) < engine.in_flight and made + len(flying) < max_new_tokens:
+        while len(flying) < engine.in_flight and made + sum(n for n, _ in flying) < max_new_tokens:    # those on their way may end the text
             n = draft_until_unsure(engine) if plan.draft_gate > 0 else plan.draft_len + 1
             flying.append((n, engine.start("verify" if plan.draft_gate > 0 else "cycle", n)))
         n, wait = flying.popleft()
@@ -856,7 +856,8 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=4, draft_ga
     if mode == "wand" and not wand_margin:
         if not is_numbers(bounds, K - 1):
             raise ValueError(f"--mode wand needs {BOUNDS_KEY}, {K - 1} numbers, in config.json; {missing}")
-        return Plan(range(K), exits=tuple(math.nextafter(sum(bounds[k:]), math.inf) for k in range(K - 1)))
+        remaining = torch.tensor([sum(bounds[k:]) for k in range(K - 1)])
+        return Plan(range(K), exits=tuple(torch.nextafter(remaining, torch.tensor(math.inf)).tolist()))     # ">" as ">=", in float32 as margins are
     if mode == "wand":
         found = get(metrics, ("wand", "margin", "thresholds"))
         if not is_numbers([0.0 if t is None else t for t in found] if isinstance(found, list) else None, K - 1):
@@ -894,7 +895,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
 
     max_new_tokens: None is 64, as far as the context goes.
     prompt, completion, token_ids, log_probs (nats), stages (that proposed each token), depths (stages that decided it), stopped ("bos" or
-    "length"), and for one row at a time steps: cycles, drafts judged and accepted. Half a character is held back until the rest comes.
+    "length"), and for speculation cycles, drafts judged and accepted. Half a character is held back until the rest comes.
     """
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
@@ -1016,9 +1017,13 @@ def main(argv=None):
             "mode", "stage", "prefix", "draft_gate", "wand_margin", "routing_threshold", "temperature", "top_k", "top_p", "num_samples", "compile", "json"):
         if name in given:
             raise ValueError(f"--{name.replace('_', '-')} {'goes with --bench' if not config.bench else 'does nothing with --bench, which measures every mode, greedily'}; leave it out")
+    if "draft_len" in given and not config.bench and config.mode != "speculative":
+        raise ValueError(f"--draft-len {config.draft_len} goes with --mode speculative, not with --mode {config.mode}; leave it out")
     if (path is None) == (config.preset is None):
         raise ValueError("give a checkpoint (a step-XXXXX directory or a run), or --bench --preset for random weights" + ", not both" * (path is not None))
     device, dtype = choose_device(config.device, config.dtype)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     if config.compile and device.type != "cuda":
         raise ValueError(f"--compile needs a CUDA device, not {device}; leave it out")
     if config.prompt_file is not None and config.prompt:

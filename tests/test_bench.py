@@ -110,3 +110,11 @@ def test_a_variant_that_does_not_fit_is_left_out_and_the_others_go_on(capsys, mo
     assert [row["name"] for row in json.loads(told.out.splitlines()[-1])["variants"]] == ["poe"] and "naive is left out" in told.err
     with pytest.raises(ValueError, match="none of --variants naive,one-backward fits"):
         bench.main([*argv, "--variants", "naive,one-backward"])
+
+
+def test_early_exits_are_not_given_the_bpb_of_full_for_having_written_its_text():
+    row = {"tokens_per_s": 1.0, "tokens_per_s_min": 1.0, "tokens_per_s_max": 1.0, "ms_per_token": 1.0, "speedup": 1.0, "tokens_per_cycle": 1.0, "acceptance": None,
+           "exits": [1.0], "identical": True, "agreement": 1.0, "bytes_per_token": 1.0, "share_of_nominal": None, "share_of_copy": None, "first_token_s": 1.0}
+    names = ["full", "speculative 4", "s0 alone", "curve: margin 1", "wand", "routing"]
+    lines = bench.bench_table({"modes": [{**row, "name": name} for name in names]}, {"full": 1.25, "s0 alone": 1.5}).splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["1.2500", "1.2500", "1.5000", "", "", ""]

@@ -164,6 +164,20 @@ def test_passes_are_counted_and_forced_shares_are_taken(plan, passes):
     assert len(decode(engine, PROMPT, 10)) == 10 and list(engine.passes) == passes
 
 
+def test_with_two_cycles_in_flight_none_is_started_that_the_text_has_no_room_for():
+    engine = Engine(small(), Plan(range(3), draft_len=4, forced_acceptance=1.0))
+    engine.in_flight = 2                                        # as with CUDA graphs
+    assert len(decode(engine, PROMPT, 40)) == 40 and list(engine.passes) == [40, 8, 8]
+
+
+def test_wand_stays_where_the_margin_is_the_bound_exactly():
+    remaining = [2.25 + 1.5, 1.5]
+    plan = make_plan(small().config, "wand", bounds=[2.25, 1.5])
+    for bound, threshold in zip(remaining, plan.exits):
+        margin = torch.tensor([bound, math.nextafter(bound, 9) + 1e-6], dtype=torch.float32)
+        assert (margin >= threshold).tolist() == [False, True]
+
+
 def test_forced_shares_are_exact_in_every_200_positions():
     low = sample.chances(600, torch.device("cpu")).view(3, 200) < 0.25
     assert low.sum(dim=1).tolist() == [50, 50, 50] and not torch.equal(low[0], low[1])
@@ -376,7 +390,7 @@ def test_the_benchmark_prints_every_mode_and_one_json_line_last(trained, capsys)
     (["--top-p", "0"], ["top-p 0"]), (["--top-k", "-2"], ["top-k -2"]), (["--num-samples", "0"], ["num-samples 0"]), (["--max-new-tokens", "0"], ["max-new-tokens 0"]),
     (["--prompt", "a b c d e f g h i j k l m n o p q r"], ["context of 16", "too long"]), (["--mode", "turbo"], ["turbo", "full"]), (["--device", "abacus"], ["abacus"]),
     (["--mode", "speculative", "--draft-len", "0"], ["--draft-len 0", "1 to 31"]), (["--mode", "speculative", "--draft-len", "32"], ["--draft-len 32"]),
-    (["--draft-gate", "2"], ["draft-gate 2"]), (["--draft-gate", "0.5"], ["--draft-gate 0.5", "--mode speculative"]), (["--wand-margin"], ["--wand-margin", "--mode wand"]), (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]), (["--compile"], ["CUDA"]),
+    (["--draft-len", "8"], ["--draft-len 8", "--mode speculative"]), (["--draft-gate", "2"], ["draft-gate 2"]), (["--draft-gate", "0.5"], ["--draft-gate 0.5", "--mode speculative"]), (["--wand-margin"], ["--wand-margin", "--mode wand"]), (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]), (["--compile"], ["CUDA"]),
     (["--bench", "--stage", "2"], ["--stage", "--bench"]), (["--bench", "--json"], ["--json"]), (["--bench-repeats", "2"], ["goes with --bench"]),
     (["--bench", "--draft-len", "100"], ["--draft-len 100"]), (["--prompt-file", ""], ["--prompt-file ''"]), (["--seed", str(2 ** 63)], ["--seed"]),
     (["--bench", "--max-new-tokens", "40"], ["context of 16"]), (["--device", "cuda:99999999999999999999"], ["cuda:99999999999999999999"]),
