@@ -10,13 +10,14 @@ The slice is the first `--split-tokens` of the validation windows, which are fix
 calibrate bounds and thresholds; rates are reported on positions of later windows whose document has no position in the calibration part
 (`Slice`). bpb, accuracy and alpha use all of it. Targets that are special tokens count nowhere.
 
-Every figure is a ratio of float64 sums, kept per block of documents, so every rate has a standard error that knows that the positions of
+Every rate is a ratio of float64 sums, kept per block of documents, so every rate has a standard error that knows that the positions of
 a document are alike, and every difference of bpb between two checkpoints has a paired one (`ratio`, `change`). A run's ranks share the
 windows and add up their sums. Memory is bounded by a chunk of tokens, and a few bytes per token of the slice.
 
 Written, inside the run that is given and nowhere else: metrics.json and timings.json of each step, `poe_wand_*` in its config.json,
 TRAJECTORY.md, trajectory.png. Definitions are in the docstrings and in README's "Measuring". WAND: after Broder et al., CIKM 2003.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,7 +26,6 @@ import os
 import sys
 import time
 from collections import namedtuple
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,6 @@ N_BLOCKS = 128                  # blocks of documents that carry the standard er
 ALPHAS = (0.25, 0.5, 0.75, 1.0)                         # alpha = 0 is the full prefix
 MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form
 CURVE_SHARES = tuple(s / 20 for s in range(1, 21))      # shares of calibration positions that leave at s0: the routing curve
-LISTED = ("single", "prefix", "p99_bounds", "exceedance", "exit_fraction", "thresholds", "curve")      # lists in metrics.json, the rest are numbers
 SUMMED = ("nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha", "tokens", "bytes")      # columns of the whole slice
 CALIBRATING = ("range", "margin", "agree", "confidence", "regret", "tokens")            # columns kept of the calibration part
 DRAFT_LEN, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 256       # of the speculative table
@@ -274,24 +273,26 @@ def fit_threshold(score, cost, cap):
     return float(ordered[allowed[-1]]) if len(allowed) else math.inf
 
 
-def calibrate(columns, cap):
+def calibrate(columns, blocks, cap):
     """Fit everything adaptive on the calibration positions: a dict of float64 arrays. columns: float64 (n, w) by `token_statistics`' names.
 
-    bounds (K - 1,): p99 of each range, exact: an observed value; bounds_stderr: half the distance of the order statistics one binomial
-    deviation to either side. remaining: what the stages not yet run may still move, the sum of their bounds. margins (K - 1,):
+    bounds (K - 1,): p99 of each range, exact: an observed value; bounds_stderr: half the distance of the order statistics to either side
+    whose ranks differ from its by the standard error of the share above it (`ratio`, over blocks (n,) of documents). remaining: what the stages not yet run may still move, the sum of their bounds. margins (K - 1,):
     `fit_threshold` of the positions that have not left earlier, on disagreement, so that violations stay within MARGIN_CAP in sum too.
     tau (1,): routing. levels (20,): s0's confidence at CURVE_SHARES.
     """
-    n = len(columns["range"])
-    ranges, deviation = np.sort(columns["range"], axis=0), round(math.sqrt(n * 0.01 * 0.99))
-    at = quantile_index(n, 99)
-    bounds, stays, margins = ranges[at], np.ones(n, dtype=bool), []
+    n, sizes = len(columns["range"]), np.bincount(blocks, minlength=N_BLOCKS).astype(np.float64)
+    ranges, at = np.sort(columns["range"], axis=0), quantile_index(n, 99)
+    bounds, bounds_stderr, stays, margins = ranges[at], [], np.ones(n, dtype=bool), []
+    for ordered, over in zip(ranges.T, (columns["range"] > bounds).T):
+        deviation = round(n * (ratio(np.bincount(blocks, over, N_BLOCKS), sizes)[1] or 0.0))
+        bounds_stderr.append((ordered[min(n - 1, at + deviation)] - ordered[max(0, at - deviation)]) / 2)
     for margin, agree in zip(columns["margin"].T, columns["agree"].T):
         margins.append(fit_threshold(margin[stays], 1 - agree[stays], MARGIN_CAP))
         stays &= margin < margins[-1]
     confidence = columns["confidence"][:, 0]
     return {"bounds": bounds, "remaining": np.cumsum(bounds[::-1])[::-1].copy(), "margins": np.array(margins),
-            "bounds_stderr": (ranges[min(n - 1, at + deviation)] - ranges[max(0, at - deviation)]) / 2,
+            "bounds_stderr": np.array(bounds_stderr),
             "tau": np.array([fit_threshold(confidence, np.maximum(columns["regret"][:, 0], 0), cap)]),
             "levels": np.sort(confidence)[[n - 1 - quantile_index(n, round(100 * share)) for share in CURVE_SHARES]]}
 
@@ -360,12 +361,15 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
         if calibrating and K > 1:
             all_reduce(kept, world_size)
             counted = kept.pop("tokens")[..., 0] > 0
-            found = calibrate({name: value[counted].double().cpu().numpy() for name, value in kept.items()}, cap)
+            found = calibrate({name: value[counted].double().cpu().numpy() for name, value in kept.items()},
+                              blocks[:part.n_calibration][counted.cpu()].numpy(), cap)
             fitted = {name: torch.from_numpy(value).to(device) for name, value in found.items()}
             kept = {"tokens": counted.sum()}
     all_reduce(sums, world_size)
     all_reduce(report, world_size)
     sums, report = ({name: value.cpu().numpy() for name, value in d.items()} for d in (sums, report))
+    if K > 1 and not report["tokens"].any():
+        raise ValueError("the documents that do not calibrate hold nothing but special tokens; raise --split-tokens")
     metrics = slice_metrics(sums) | {"documents": int(part.documents.max()) + 1, "wand": None, "routing": None, "speculative": None}
     if K > 1:
         metrics |= adaptive_metrics(report, found, cap, stage_bytes(model))
@@ -553,30 +557,9 @@ def write_bounds(path, bounds):
 
 
 def whole(metrics):
-    """Whether this is what `evaluate_checkpoint` writes: its figures are numbers, in lists as long as the model has stages."""
-    def figures(value, key):
-        if isinstance(value, list):
-            return key.removesuffix("_stderr") in LISTED and all(figures(v, "" if key == "curve" else "of a list") for v in value)
-        if isinstance(value, dict):
-            return key in ("", "margin", "card_prompts") and all(figures(v, k) for k, v in value.items())
-        return value is None or (isinstance(value, (int, float)) and key.removesuffix("_stderr") not in LISTED)
-
-    def texts(value):
-        return isinstance(value, str) or (isinstance(value, (list, dict)) and len(value) > 0 and all(map(texts, value.values() if isinstance(value, dict) else value)))
-    single = get(metrics, ("bpb", "single"))
-    K = len(single) if isinstance(single, list) else 0
-    numbers = [metrics.get("step"), *(get(metrics, path) for path in (("bpb", "full"), ("accuracy", "full"), ("crossover_gap",)))]
-    lists = [get(metrics, path) for path in (("bpb", "single"), ("bpb", "prefix"), ("accuracy", "single"))]
-    sha, *counts = [get(metrics, ("settings", name)) for name in ("slice_sha256", "split_tokens", "wand_tokens")]
-    return (metrics.get("format") == FORMAT and K > 0 and all(isinstance(x, (int, float)) for x in numbers)
-            and all(isinstance(found, list) and len(found) == K and None not in found for found in lists)
-            and isinstance(metrics.get("tokens"), (int, type(None)))
-            and (sha is None or (isinstance(sha, str) and all(isinstance(n, int) for n in counts)))
-            and all(isinstance(metrics.get(name), dict) for name in ("bpb", "accuracy", "alpha_sweep"))
-            and all(isinstance(metrics.get(name), (dict, type(None))) and figures(metrics.get(name), "")
-                    for name in ("bpb", "accuracy", "alpha_sweep", "wand", "routing", "speculative", "facts", "train_log_bpb"))
-            and (metrics.get("blocks") is None or (isinstance(metrics["blocks"], dict) and texts(metrics["blocks"])))
-            and isinstance(metrics.get("samples"), (list, type(None))) and isinstance(metrics.get("phase"), (dict, type(None))))
+    """Whether this is what `evaluate_checkpoint` writes, by a few of its figures."""
+    return metrics.get("format") == FORMAT and all(
+        isinstance(get(metrics, path), (int, float)) for path in (("step",), ("bpb", "full"), ("bpb", "single", 0), ("accuracy", "full"), ("crossover_gap",)))
 
 
 def read_metrics(path):
@@ -615,8 +598,9 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
     device, dtype = choose_device(ranks.device_name(config.device), config.dtype)
     if path.name.startswith(".tmp-step-"):
         raise ValueError(f"{path} is a checkpoint being written right now; wait until it is step-XXXXX")
-    old, model, failure, start = read_object(path / "metrics.json"), None, None, time.time()
-    try:
+    old = ranks.gather(read_object(path / "metrics.json"))[0]               # rank 0's: it may be writing one that was named twice
+    model, start = None, time.time()
+    with ranks.agree():
         record, phases = read_record(path), phases_of(path.parent, path)
         part = open_slice(path, record, config, slices)
         settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
@@ -629,16 +613,12 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
             model, record, weights = load_checkpoint(path, device, dtype)
             if config.compile:
                 model.compile_regions()
-    except (OSError, ValueError) as e:
-        failure = e
-    if failed := [message for message in ranks.gather(failure and str(failure)) if message]:
-        raise failure or ValueError(failed[0])
     if not done:
         loaded, on_cuda = time.time(), device.type == "cuda"
         weight_bytes = torch.cuda.memory_allocated(device) if on_cuda else None
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        with attention_backends(device), torch.compiler.set_stance("force_eager") if config.compile is False else nullcontext():
+        with attention_backends(device), torch.compiler.set_stance("force_eager") if config.compile is False else contextlib.nullcontext():
             measured = measure(model, part, config.device_batch_size, config.routing_cap, ranks.rank, ranks.world_size, progress)
             seconds, peak_bytes = time.time() - loaded, torch.cuda.max_memory_allocated(device) if on_cuda else None
             if not math.isfinite(measured["bpb"]["full"]):
@@ -647,7 +627,8 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
             if config.samples and ranks.rank == 0:
                 samples, facts = probe(model, part.tokenizer)
                 drafted, speeds = speculation(model, part, settings["speculative_prompts"], on_cuda and config.compile is not False and kernels_fit(model))
-        if ranks.rank == 0:
+    with ranks.agree():
+        if not done and ranks.rank == 0:
             old = {"format": FORMAT, "settings": {**settings, "weights_sha256": weights}, "step": record["step"],
                    "phase": phase_position(phases, record["step"]), **measured, "speculative": drafted,
                    "train_log_bpb": train_log_bpb(path.parent, record["step"]), "samples": samples, "facts": facts}
@@ -655,8 +636,8 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
             write_json(path / "timings.json", read_object(path / "timings.json") | {"evaluate": {
                 "load_seconds": round(loaded - start, 2), "pass_seconds": round(seconds, 2), "world_size": ranks.world_size,
                 "weight_bytes": weight_bytes, "peak_bytes": peak_bytes}, "speculative": speeds})
-    if ranks.rank == 0 and old.get("wand"):
-        write_bounds(path, old["wand"]["p99_bounds"])
+        if ranks.rank == 0 and (bounds := get(old, ("wand", "p99_bounds"))):
+            write_bounds(path, bounds)
     return {**old, "timings": read_object(path / "timings.json")}
 
 
@@ -920,8 +901,8 @@ def answers(rows, reading, seed):
         paragraphs.append(
             f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. Of full bpb, stage bpb, accuracy, "
             f"routing and acceptance, {vote['better']} are better, {vote['worse']} worse, {vote['noise']} within noise or mixed."
-            f"{'' if reading['noise_known'] else ' No standard errors were given: signs alone decide.'} A win or a regression needs full bpb and a "
-            f"majority on its side; everything else is null.")
+            f"{'' if reading['noise_known'] else ' No standard errors were given: signs alone decide.'} A win or a regression needs full bpb, at "
+            f"least one more, and more on its side than against it; everything else is null.")
     if "projection" in reading:
         goes_on = f"; drawn on in a straight line, which knows nothing of the schedule, it ends at {reading['projection']:.4f}, " \
                   f"{reading['projection'] - rows[0]['bpb']['full']:+.4f} against {seed}."
@@ -1134,8 +1115,8 @@ class EvalConfig:
 
 
 def gather_rows(paths, config, ranks, slices):
-    """(rows, failures): the metrics of each step directory, measured or read; a bad one is told and left out."""
-    rows, failures, start, terminal = [], [], time.time(), sys.stderr.isatty() and ranks.rank == 0
+    """({path: row}, failures): the metrics of each step directory, measured or read; a bad one is told and left out."""
+    rows, failures, start, terminal = {}, [], time.time(), sys.stderr.isatty() and ranks.rank == 0
     for number, path in enumerate(paths):
         def progress(done, of):
             part = (number + done / of) / len(paths)
@@ -1143,17 +1124,17 @@ def gather_rows(paths, config, ranks, slices):
                 print(f"\r{path.name} ({number + 1}/{len(paths)}) {done}/{of} windows eta:{(time.time() - start) * (1 / part - 1):.0f}s  ",
                       end="", file=sys.stderr)
         try:
-            rows.append(evaluate_checkpoint(path, config, ranks, slices, progress) if config.measure else read_metrics(path))
+            rows[path] = evaluate_checkpoint(path, config, ranks, slices, progress) if config.measure else read_metrics(path)
         except (ValueError, OSError) as e:
             if len(paths) == 1:
                 raise
-            failures.append(path.name)
+            failures.append(str(path))
             if ranks.rank == 0:
                 print(f"skipping {path}: {' '.join(str(e).split())}", file=sys.stderr)
         if terminal:
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
-        if config.json and ranks.rank == 0 and len(rows) + len(failures) == number + 1 and path.name not in failures:
-            print(json.dumps(rows[-1]), flush=True)
+        if config.json and ranks.rank == 0 and path in rows:
+            print(json.dumps(rows[path]), flush=True)
     return rows, failures
 
 
@@ -1182,6 +1163,30 @@ def report_run(run, rows):
     return text, reading
 
 
+def tables_of(rows):
+    """The tables of single checkpoints, {path: row}, as text: one set for those with as many stages on the same text."""
+    groups, several = {}, len({path.parent for path in rows}) > 1
+    for path, row in rows.items():
+        groups.setdefault((len(row["bpb"]["single"]), get(row, ("settings", "slice_sha256"))), {})[id(row)] = path
+    tables = []
+    for paths in groups.values():
+        of_group = [row for row in rows.values() if id(row) in paths]
+        tables += [f"### {table.title}\n\n" + value_table(table, of_group, lambda row: f" of {paths[id(row)].parent}" if several else "")
+                   for table in make_tables(of_group) if has_values(table, of_group)]
+    return "\n\n".join(tables)
+
+
+@contextlib.contextmanager
+def named(what):
+    """Name the files of `what` where a report cannot be made of what they hold: metrics.json may come from any hand."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError) as e:
+        raise ValueError(f"metrics.json or timings.json of {what} holds something that no report can be made of ({e!r}); delete it and measure again") from e
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}" if what not in str(e) else str(e)) from e
+
+
 def evaluate(given, paths, ranks):
     """Measure and report the runs and step directories at `paths`."""
     config, singles, runs, failures, slices = EvalConfig(**given), [], [], [], {}
@@ -1197,20 +1202,22 @@ def evaluate(given, paths, ranks):
     measured = []
     for run_path, steps in runs:
         rows, failed = gather_rows(steps, config, ranks, slices)
-        failures += [f"{run_path}/{name}" for name in failed]
-        if rows and ranks.rank == 0:
-            text, reading = report_run(run_path, rows)
-            measured.append((str(run_path), rows, read_object(run_path / "config.json")))
-            if config.json or len(runs) != 2:
-                print(json.dumps(reading) if config.json else text)
+        failures += failed
+        with ranks.together(), named(str(run_path)):
+            if rows and ranks.rank == 0:
+                text, reading = report_run(run_path, [*rows.values()])
+                measured.append((str(run_path), [*rows.values()], read_object(run_path / "config.json")))
+                if config.json or len(runs) != 2:
+                    print(json.dumps(reading) if config.json else text)
     if singles:
         rows, failed = gather_rows(singles, config, ranks, slices)
         failures += failed
-        for K in sorted({len(row["bpb"]["single"]) for row in rows}) if ranks.rank == 0 and not config.json else ():
-            of_k = [row for row in rows if len(row["bpb"]["single"]) == K]
-            print("\n\n".join(f"### {table.title}\n\n{value_table(table, of_k)}" for table in make_tables(of_k) if has_values(table, of_k)))
-    if len(runs) == 2 and len(measured) == 2 and not config.json:
-        print(compare(*map(list, zip(*measured))))
+        with ranks.together(), named(", ".join(map(str, rows))):
+            if ranks.rank == 0 and not config.json:
+                print(tables_of(rows))
+    with ranks.together(), named(" and ".join(name for name, _, _ in measured)):
+        if len(runs) == 2 and len(measured) == 2 and not config.json:
+            print(compare(*map(list, zip(*measured))))
     if failures:
         raise ValueError(f"{len(failures)} of {sum(len(s) for _, s in runs) + len(singles)} checkpoints could not be reported: "
                          f"{', '.join(failures)}; the lines above say why")

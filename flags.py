@@ -147,8 +147,8 @@ class Ranks:
         return values
 
     @contextlib.contextmanager
-    def together(self):
-        """Run a block without collectives on every rank; where it fails on one with ValueError or OSError, all end, and rank 0 says why."""
+    def agree(self):
+        """Run a block without collectives on every rank; where it fails on one with ValueError or OSError, ValueError is raised on all."""
         if self.world_size == 1:
             yield
             return
@@ -160,11 +160,13 @@ class Ranks:
         errors = self.gather(error and str(error))
         failed = [rank for rank, message in enumerate(errors) if message is not None]
         if failed:
-            self.close()                                                    # all end
-        if failed and self.rank == 0:
             raise ValueError(errors[failed[0]] + (f" ({self.names[failed[0]]})" if len(failed) < self.world_size else "")) from error
-        if failed:
-            sys.exit(2)
+
+    @contextlib.contextmanager
+    def together(self):
+        """As `agree`, but all ranks end, and rank 0 alone says why."""
+        with self.alike(), self.agree():
+            yield
 
     @contextlib.contextmanager
     def alike(self):
@@ -223,7 +225,7 @@ class Ranks:
 
     def close(self):
         """Leave: the others no longer wait to hear of this rank. Who keeps the store waits some seconds for them to leave it."""
-        if self.world_size > 1:
+        if Ranks.current is self:
             self.stop_watching()
             with contextlib.suppress(RuntimeError):                         # where rank 0 keeps the store, it may be gone already
                 self._beat("end")

@@ -313,12 +313,27 @@ def test_fit_threshold_is_the_smallest_score_within_the_cap():
 def test_a_bound_is_exceeded_by_at_most_a_hundredth_where_it_was_fitted_and_by_more_when_halved():
     draw = np.random.default_rng(0)
     columns = {name: draw.random((1013, 2)) for name in ("range", "margin")} | {"agree": np.ones((1013, 2)), "confidence": draw.random((1013, 1)), "regret": np.zeros((1013, 1))}
-    fitted = calibrate(columns, 0.0)
+    fitted = calibrate(columns, np.arange(1013) % 128, 0.0)
     exceedance = (columns["range"] > fitted["bounds"]).mean(axis=0)
     assert (exceedance <= 0.01).all() and (exceedance > 0.008).all()
     assert ((columns["range"] > fitted["bounds"] / 2).mean(axis=0) > 0.4).all()
     assert (fitted["remaining"] == [fitted["bounds"].sum(), fitted["bounds"][1]]).all()
     assert [evaluate.quantile_index(n, 99) for n in (1, 99, 100, 101, 200)] == [0, 98, 98, 99, 197]
+
+
+def test_the_error_of_a_bound_knows_that_the_positions_of_a_document_are_alike():
+    draw = np.random.default_rng(1)
+    documents = np.repeat(np.arange(500), 20)
+    ranges = 1.0 + draw.random(500)[documents] + 0.1 * draw.random(10_000)
+
+    def fit(rows, blocks):
+        one = np.ones((len(rows), 1))
+        return calibrate({"range": ranges[rows, None], "margin": one, "agree": one, "confidence": one, "regret": one}, blocks, 0.0)["bounds_stderr"][0]
+    stderr = fit(np.arange(10_000), documents % evaluate.N_BLOCKS)
+    drawn = [np.concatenate([np.arange(20 * d, 20 * d + 20) for d in draw.integers(0, 500, 500)]) for _ in range(200)]      # documents, with replacement
+    bootstrap = np.std([np.sort(ranges[rows])[evaluate.quantile_index(10_000, 99)] for rows in drawn])
+    independent = fit(np.arange(10_000), np.arange(10_000) % evaluate.N_BLOCKS)
+    assert 0.6 < stderr / bootstrap < 1.6 and independent < 0.5 * stderr, (stderr, bootstrap, independent)
 
 
 def test_a_true_bound_is_never_violated_and_half_of_it_is():
@@ -670,7 +685,7 @@ def test_two_ranks_share_the_slice_and_get_the_same_sums(evaluated, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen([sys.executable, evaluate.__file__, str(run), *ARGUMENTS, "--device-batch-size", "3"], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), text=True,
+    ranks = [subprocess.Popen([sys.executable, evaluate.__file__, str(run), str(run / "step-00003"), *ARGUMENTS, "--device-batch-size", "3"], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(2)]
     outs = [rank.communicate(timeout=60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outs
@@ -678,6 +693,37 @@ def test_two_ranks_share_the_slice_and_get_the_same_sums(evaluated, tmp_path):
     for step in ("step-00003", "step-00006"):
         ours, alone = (json.loads((r / step / "metrics.json").read_text()) for r in (run, evaluated[0]))
         assert_equal(without(ours, "blocks"), without(alone, "blocks"), rel=1e-11)
+
+
+def test_checkpoints_of_several_runs_are_told_apart(evaluated, tmp_path, capsys):
+    for name in "ab":
+        shutil.copytree(evaluated[0] / "step-00006", tmp_path / name / "step-00006")
+    steps = [str(tmp_path / name / "step-00006") for name in "ab"]
+    evaluate.main([*steps, *ARGUMENTS])
+    out = capsys.readouterr().out
+    assert all(f"| `step-00006` of {tmp_path / name} | 6 |" in out for name in "ab")
+    other = json.loads((tmp_path / "b" / "step-00006" / "metrics.json").read_text())
+    other["settings"]["slice_sha256"] = "0" * 64
+    (tmp_path / "b" / "step-00006" / "metrics.json").write_text(json.dumps(other))
+    evaluate.main([*steps, "--no-measure"])
+    assert capsys.readouterr().out.count("### Per-stage BPB") == 2           # texts differ: no common table
+    (tmp_path / "a" / "step-00006" / "metrics.json").unlink()
+    with pytest.raises(ValueError, match=rf"1 of 2 checkpoints could not be reported: {steps[0]}"):
+        evaluate.main([*steps, "--no-measure", "--json"])
+    assert json.loads(capsys.readouterr().out)["step"] == 6
+
+
+@pytest.mark.parametrize("change", [{"facts": {"x": 1}}, {"bpb": {"full": 1.0, "single": [1.0, "x"], "prefix": [1.0, 1.0]}}, {"blocks": {"bytes": "1 2", "bpb": {"full": "1"}}},
+                                    {"wand": 5}, {"routing": {"curve": [{}]}}, {"samples": 3}, {"accuracy": {"full": 0.5}}, {"phase": "x"}])
+def test_metrics_from_another_hand_end_in_a_report_or_in_one_line_that_names_the_run(change, evaluated, tmp_path, capsys, undrawn):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated[0], run)
+    file = run / "step-00006" / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    try:
+        evaluate.main([str(run), "--no-measure"])
+    except ValueError as e:
+        assert str(run) in str(e), e
 
 
 def test_one_bad_checkpoint_does_not_stop_the_others(evaluated, tmp_path, capsys, refused, undrawn):
