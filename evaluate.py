@@ -930,14 +930,17 @@ def notes(rows, reading):
 
 def schedule_table(phases, record):
     """The card's table of the schedule's parameters, newest phase first."""
-    T, batches = get(record, ("model", "sequence_len")), [row.get("batch") for row in record.get("phases") or []]
+    T, table = get(record, ("model", "sequence_len")), record.get("phases") or [{}] * len(phases)
+    batches = [row.get("batch") for row in table]
     rows = [["token budget", *(scaled(p.num_steps * batch * T) if isinstance(batch, int) and isinstance(T, int) else "—" for p, batch in zip(phases, batches))]]
     for text, value in (("total steps in phase", lambda p: f"{p.num_steps:,}"), ("warmup steps", lambda p: f"{p.warmup_steps:,}"),
                         ("peak `lrm`", lambda p: f"{p.peak_lrm:g}"), ("warmdown ratio", lambda p: f"{p.warmdown_ratio:g}"),
                         ("final `lrm`", lambda p: f"{p.final_lrm:g}"), ("anchor step", lambda p: f"{p.anchor:,}")):
         rows.append([text, *map(value, phases)])
-    rates = {name: get(record, ("train", name)) for name in ("matrix_lr", "embedding_lr", "unembedding_lr")}
-    rows += [[f"effective `{name}` peak", *(f"{rate * p.peak_lrm:g}" for p in phases)] for name, rate in rates.items() if isinstance(rate, (int, float))]
+    for name in ("matrix_lr", "embedding_lr", "unembedding_lr"):
+        rates = [row.get(name, get(record, ("train", name))) for row in table]
+        if all(isinstance(rate, (int, float)) for rate in rates):
+            rows.append([f"effective `{name}` peak", *(f"{rate * p.peak_lrm:g}" for rate, p in zip(rates, phases))])
     return markdown(["param", *(f"phase {i + 1}" for i in reversed(range(len(phases))))], [[row[0], *reversed(row[1:])] for row in rows])
 
 

@@ -256,7 +256,8 @@ def phase_row(config, row, data):
     """Fill in the last row of the phase table: where it starts, what it reads and how its rate moves."""
     return {"anchor_step": row["anchor_step"], "anchor_sample": row["anchor_sample"], "batch": config.batch, "mix": config.data,
             "mix_sha256": data and data.sha256, "num_steps": config.num_steps, "warmup_steps": config.warmup_steps, "peak_lrm": config.peak_lrm,
-            "warmdown_ratio": config.warmdown_ratio, "final_lrm": config.final_lrm, "reset_optimizer": config.reset_optimizer}
+            "warmdown_ratio": config.warmdown_ratio, "final_lrm": config.final_lrm, "reset_optimizer": config.reset_optimizer,
+            "matrix_lr": config.matrix_lr, "embedding_lr": config.embedding_lr, "unembedding_lr": config.unembedding_lr}
 
 
 def phase_of(row):

@@ -397,6 +397,9 @@ def tokenize(config):
         warn(f"validation: {e}, or raise --val-fraction")
     if corrupt := [entry["name"] for entry in entries if entry["corrupt_files"]]:
         raise ValueError(f"corrupt files in {', '.join(corrupt)}: {out} is usable without what was lost; fetch them again and run again for the rest")
+    if empty := [entry["name"] for entry in entries if not total(entry["train"], "tokens")]:
+        raise ValueError(f"no document of {', '.join(empty)} is there to train on: look at its files and at its \"text\" or \"chat\" in the mix, then run "
+                         f"again, or leave it out with --only")
 
 
 def inspect(config):

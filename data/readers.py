@@ -114,7 +114,7 @@ def read_lines(f):
 
 
 def read_parquet(f, field):
-    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Text is a view of its bytes."""
+    """Yield (number, {field: value}) of the rows; "text" is read where there is no such column. Text is a view of its bytes, else as pyarrow has it."""
     import pyarrow.parquet                                                  # an extra
     file, number = pyarrow.parquet.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False), itertools.count(1)
     column = field if field in file.schema_arrow.names else "text"
@@ -129,8 +129,6 @@ def read_parquet(f, field):
                 _, ends, data = values.buffers()                            # views of these, since a value that pyarrow gives is a copy
                 ends, data = np.frombuffer(ends, np.int64)[values.offset:][:len(batch) + 1], memoryview(data or b"")
                 values = (data[start:end] for start, end in zip(ends, ends[1:]))
-            else:
-                values = values.to_pylist()
             for value in values:
                 yield next(number), {field: value}
             batch = values = value = data = None                            # before the next batch is read
@@ -167,6 +165,8 @@ def text_of(record, source):
     record, blocks = parse_line(record) if isinstance(record, bytearray) else (record, lambda text: [text])
     field = source.get("chat") or source.get("text", "text")
     text = record.get(field, record.get("text")) if isinstance(record, dict) else None
+    if hasattr(text, "as_py"):                                              # a list of parquet: text in it that is not UTF-8 is one bad record
+        text = text.as_py()
     if isinstance(text, (bytes, memoryview)):
         return lambda: decoded(cut(text))
     if "chat" in source and isinstance(text, list):

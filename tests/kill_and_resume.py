@@ -9,6 +9,7 @@ they fall between its files. tests/test_train.py has the short form: every singl
 """
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,42 +46,54 @@ def finish(process):
 
 
 def kill_one(out, draw, life):
-    """Start the run, kill it, and say where it was hit. life: seconds that a process is let live at most."""
-    process, begun = start(out), time.monotonic()
+    """Start the run, kill it, and say where it was hit; None where it had finished. life: seconds that a process is let live at most."""
+    left, begun = {path.name for path in out.glob(".tmp-step-*")}, time.monotonic()       # by the kill before: the run removes them first
+    process = start(out)
+
+    def saving():
+        now = {path.name for path in out.glob(".tmp-step-*")}
+        left.intersection_update(now)
+        return now - left
     if draw.random() < 0.5:
         at = draw.uniform(0, life)
         while process.poll() is None and time.monotonic() - begun < at:
+            saving()
             time.sleep(0.001)
     else:
         skip = draw.randrange(3)                                # saves that pass before
         seen = set()
         while process.poll() is None and len(seen) <= skip:
-            seen |= {path.name for path in out.glob(".tmp-step-*")}
+            seen |= saving()
         time.sleep(draw.uniform(0, 0.02))
     process.send_signal(signal.SIGKILL)
     if process.wait() == 0:
-        return "it had finished"
+        return None
     if process.returncode != -signal.SIGKILL:
         raise ValueError(f"a resumed run failed: {process.stderr.read()}")
-    unfinished = [sorted(file.name for file in path.rglob("*") if file.is_file()) for path in out.glob(".tmp-step-*")]
-    return f"in a save, after {len(unfinished[0])} files" if unfinished else "between saves"
+    unfinished = [sum(file.is_file() for file in (out / name).rglob("*")) for name in saving()]
+    return f"in a save, after {unfinished[0]} files" if unfinished else "between saves"
 
 
 def main():
-    config, folder = Config(**parse_flags(Config, __doc__)), Path(tempfile.mkdtemp())
-    draw, where = random.Random(config.seed), Counter()
-    begun = time.monotonic()
+    config = Config(**parse_flags(Config, __doc__))
+    with tempfile.TemporaryDirectory() as folder:
+        kill_all(config, Path(folder))
+
+
+def kill_all(config, folder):
+    """Kill a run in `folder` as often as `config` says, and compare its end with that of a run that is never killed."""
+    draw, where, begun = random.Random(config.seed), Counter(), time.monotonic()
     finish(start(folder / "whole"))
     life = time.monotonic() - begun
-    for number in range(1, config.kills + 1):
+    while where.total() < config.kills:
         place = kill_one(folder / "killed", draw, min(life, 6.0))
-        where[place] += 1
         steps = sorted(int(path.name[5:]) for path in (folder / "killed").glob("step-*"))
-        print(f"kill:{number}/{config.kills} {place}; newest checkpoint: {steps[-1] if steps else 'none'}", flush=True)
+        if place:
+            where[place] += 1
+            print(f"kill:{where.total()}/{config.kills} {place}; newest checkpoint: {steps[-1] if steps else 'none'}", flush=True)
         if steps and steps[-1] >= 196:                          # near the end: begin anew, the kills that are left go on there
             check(folder)
-            subprocess.run(["rm", "-rf", str(folder / "killed")], check=True)
-    finish(start(folder / "killed"))
+            shutil.rmtree(folder / "killed")
     check(folder)
     print(json.dumps({"kills": config.kills, "where": dict(sorted(where.items())), "identical": True}))
 

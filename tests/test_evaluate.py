@@ -748,11 +748,12 @@ def test_rows_of_a_continued_run_take_its_own_phase_table(evaluated, tmp_path, c
     shutil.rmtree(run / "step-00003")
     record = json.loads((run / "config.json").read_text())
     first = {**record["phases"][0], "num_steps": 6}
-    record["phases"] = [first, {**first, "anchor_step": 6, "anchor_sample": 24, "num_steps": 10, "peak_lrm": 0.5, "warmup_steps": 4}]
+    record["phases"] = [first, {**first, "anchor_step": 6, "anchor_sample": 24, "num_steps": 10, "peak_lrm": 0.5, "warmup_steps": 4, "matrix_lr": 0.7}]
     (run / "config.json").write_text(json.dumps(record))
     evaluate.main([str(run), *ARGUMENTS])
     out = capsys.readouterr().out
     assert "| `step-00006` (seed) | 6 | rel_it = 0 (warmup +0, lrm = 0.125) | seed: the last checkpoint of the phase before |" in out
+    assert "| effective `matrix_lr` peak | 0.35 | 0.03 |" in out             # 0.5 x 0.7; each phase has its own
     (run / "config.json").write_text(json.dumps(record | {"train": {**record["train"], "data": "other-data"}}))
     with pytest.raises(FileNotFoundError, match="other-data"):      # all rows of a run on its own data, the seed included
         evaluate.main([str(run), *ARGUMENTS])

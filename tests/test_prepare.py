@@ -351,7 +351,8 @@ def test_bad_records_are_named_counted_and_skipped(tmp_path, small, capsys):
     content = (lines(good[:1]) + b'{"text": "caf\xe9"}\n' + b"not JSON\n" + lines(good[1:2]) + b'{"title": "x"}\n' + b'{"text": " \\n"}\n' + b'{"text": 5}\n' + b"[1]\n"
                + b"\n" + lines(good[2:3]) + b"[" * 100_000 + b"\n" + b"{}\n" * 5 + lines(good[3:]))
     config = replace(setup(tmp_path, small, web__jsonl=content, book__txt=b"caf\xe9 and more"), val_fraction=0.0)
-    prepare.tokenize(config)
+    with pytest.raises(ValueError, match='no document of book is there to train on: look at its files and at its "text"'):
+        prepare.tokenize(config)
     out, err = capsys.readouterr()
     assert stream(config, small[1]) == whole(small[1], good)
     assert "bad_records:12 " in out
@@ -447,7 +448,8 @@ def test_a_long_record_that_is_bad_is_one_bad_record_and_leaves_no_tokens(tmp_pa
     long = dataloader.clean_text(LONG_TEXT).encode()
     config = replace(setup(tmp_path, small, web__jsonl=content, book__txt=long + b"\xe9", gone__parquet=b""), val_fraction=0.0)
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([good[0].encode(), long + b"\xe9", None, good[1].encode(), long])}), tmp_path / "raw/gone.parquet")
-    prepare.tokenize(config)
+    with pytest.raises(ValueError, match="no document of book is there"):
+        prepare.tokenize(config)
     assert stream(config, small[1]) == whole(small[1], good[:2]) and stream(config, small[1], source=1) == []
     assert stream(config, small[1], source=2) == whole(small[1], [*good[:2], long.decode()])
     out, err = capsys.readouterr()
@@ -505,6 +507,23 @@ def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path, small, monkeypat
     assert stream(config, small[1]) == whole(small[1], [documents[0], "end"])
     err = capsys.readouterr().err
     assert "record 2 skipped: longer than 1,000 bytes; split it" in err and "record 3 skipped: longer" in err
+
+
+def test_a_chat_of_parquet_that_is_not_utf8_is_one_bad_record(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    content = pyarrow.array([b"one", b"caf\xe9", b"three"]).view(pyarrow.string())
+    turns = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * 3), content], names=["role", "content"])
+    table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2, 3], pyarrow.int32()), turns)})
+    pyarrow.parquet.write_table(table, tmp_path / "chats.parquet")
+    found = []
+    with open(tmp_path / "chats.parquet", "rb") as f:
+        for number, record in readers.read_records(tmp_path / "chats.parquet", f, "messages"):
+            try:
+                found.append("".join(readers.text_of(record, {"chat": "messages"})()))
+            except ValueError as e:
+                found.append(f"{number}: {type(e).__name__}")
+    assert found == ["User: one", "2: UnicodeDecodeError", "User: three"]
 
 
 def test_chats_are_rendered_by_one_template():
