@@ -1,5 +1,5 @@
 """
-Draw training loss per stage and validation bpb of several runs from their log.jsonl files (needs matplotlib).
+Draw training loss per stage and validation bpb of several runs of the same data from their log.jsonl files (needs matplotlib).
 
     python docs/plot_losses.py docs/d12.png docs/d12-poe.jsonl docs/d12-joint.jsonl docs/d12-bp.jsonl
 """
@@ -19,12 +19,13 @@ def main(argv=None):
         name, style, smooth = header["config"]["objective"], ("-", "--", ":", "-.")[number % 4], []
         for line in steps:                                      # exponential average over about 10 steps
             smooth.append(line["losses"] if not smooth else [0.9 * a + 0.1 * b for a, b in zip(smooth[-1], line["losses"])])
-        K = len(final["single"])
+        K, first = len(final["single"]), int(0.3 * len(steps))      # the steep beginning would flatten the rest
         for k in range(K):
-            left.plot([line["step"] for line in steps], [s[k] for s in smooth], style, lw=1, color=str(0.75 * (1 - (k + 1) / K)), label=f"{name} s{k}" if K > 1 else name)
-        right.plot([*(f"s{k}" for k in range(K)), "full"] if K > 1 else ["s3", "full"], [*final["single"], final["full"]] if K > 1 else [final["full"]] * 2,
-                   style, marker="o", ms=4, color="black", label=name)
-    left.set(xlabel="step", ylabel="training loss, nats per token", xlim=(100, None), ylim=(3.1, 4.6))
+            left.plot([line["step"] for line in steps[first:]], [s[k] for s in smooth[first:]], style, lw=1, color=str(0.75 * (1 - (k + 1) / K)),
+                      label=f"{name} s{k}" if K > 1 else name)
+        heads = {f"s{k}": bpb for k, bpb in enumerate(final["single"]) if K > 1} | {"full": final["full"]}
+        right.plot(heads.keys(), heads.values(), style, marker="o", ms=4, color="black", label=name)
+    left.set(xlabel="step", ylabel="training loss, nats per token")
     left.legend(fontsize=7, ncols=2)
     right.set(ylabel="validation bits per byte", xlabel="head at the last step")
     right.legend(fontsize=8)

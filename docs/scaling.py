@@ -8,7 +8,8 @@ What more GPUs bring and what their communication costs, from the logs of short 
     python docs/scaling.py runs/gpus-1 runs/gpus-2 runs/gpus-4
 
 Each GPU has the same work in every run, so on W of them a step without communication would take forward and backward of one GPU, and 1 / W
-of the rest of its step, which is the optimizer's work. Exposed communication is what the step takes beyond that, as a share of the step.
+of the rest of its step, which is the optimizer's work (and the casting of the new weights, which every rank does whole and which so counts
+as communication). Exposed communication is what the step takes beyond that, as a share of the step.
 """
 import sys
 from pathlib import Path
@@ -23,27 +24,28 @@ SKIPPED = 5         # steps at the beginning, which compile and warm up
 
 
 def read_times(path):
-    """(ranks, tokens of a step and rank, device, seconds of a step, seconds of forward and backward) of a run: medians."""
+    """Of a run: (ranks, what must be alike in all, in words, tokens of a step, seconds of a step, seconds of forward and backward): medians."""
     header, steps, _ = read_log(path)
     if len(steps) < SKIPPED + 5:
         raise ValueError(f"{path} has {len(steps)} steps; take {SKIPPED + 5} or more, of which the first {SKIPPED} do not count")
-    ranks = header["world_size"]
-    return ranks, header["config"]["total_batch_tokens"] // ranks, header["device"], *(median(line[key] for line in steps[SKIPPED:]) for key in ("dt", "fwdbwd"))
+    config, ranks = header["config"], header["world_size"]
+    alike = f"{config['total_batch_tokens'] // ranks:,} tokens a step and rank in micro-batches of {config['device_batch_size']} x {config['sequence_len']}"
+    return ranks, f"{alike} on {header['device']}", config["total_batch_tokens"], *(median(line[key] for line in steps[SKIPPED:]) for key in ("dt", "fwdbwd"))
 
 
 def main(argv=None):
     given = parse_flags(NoFlags, __doc__, argv, positionals=[("runs", "+", "run folders, or copies of their log.jsonl: the first on one GPU")])
     runs = {name: read_times(name) for name in given["runs"]}
-    (first, (one, share, device, step_of_one, fwdbwd_of_one)) = next(iter(runs.items()))
+    first, (one, setting, _, step_of_one, fwdbwd_of_one) = next(iter(runs.items()))
     if one != 1:
         raise ValueError(f"{first} ran on {one} ranks; give a run on one first, which the others are held against")
-    print("| GPUs | step | forward + backward | the rest: optimizer | tokens/s | tokens/s per GPU, of one alone's | exposed communication |")
+    print(f"{setting}\n\n| GPUs | step | forward + backward | the rest: optimizer | tokens/s | tokens/s per GPU, of one alone's | exposed communication |")
     print("| ---: |" + " ---: |" * 6)
-    for name, (ranks, tokens, kind, step, fwdbwd) in runs.items():
-        if (tokens, kind) != (share, device):
-            raise ValueError(f"{name} ran with {tokens:,} tokens a step and rank on {kind}, {first} with {share:,} on {device}: give runs alike")
+    for name, (ranks, alike, tokens, step, fwdbwd) in runs.items():
+        if alike != setting:
+            raise ValueError(f"{name} ran with {alike}, {first} with {setting}: give runs alike")
         exposed = (step - fwdbwd_of_one - (step_of_one - fwdbwd_of_one) / ranks) / step
-        print(f"| {ranks} x {kind} | {step:.3f} s | {fwdbwd:.3f} s | {step - fwdbwd:.3f} s | {ranks * tokens / step:,.0f} | {step_of_one / step:.1%} "
+        print(f"| {ranks} | {step:.3f} s | {fwdbwd:.3f} s | {step - fwdbwd:.3f} s | {tokens / step:,.0f} | {step_of_one / step:.1%} "
               f"| {'' if ranks == 1 else f'{exposed:.1%}'} |")
 
 
