@@ -90,7 +90,7 @@ def read_mix(config):
             texts = [source.get(key, "") for key in ("status", "repository", "revision", "text", "chat")]
             texts += [*source.get("files", []), *source.get("steps", []), source.get("stand_in", {"repository": ""})["repository"]]
             if not (re.fullmatch(r"\w[\w-]*", source["name"], re.ASCII) and 0 < source["weight"] < 1e8
-                    and all(isinstance(text, str) for text in texts)):
+                    and all(isinstance(text, str) for text in texts) and all(isinstance(source.get(key, []), list) for key in ("files", "steps"))):
                 wrong.append(source["name"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is not a mix file ({e!r}); data/frontier_v1.json shows the form") from None
@@ -98,7 +98,10 @@ def read_mix(config):
         raise ValueError(f"{path}: sources need names of letters, digits, _ and - that differ, positive weights, and fields as in "
                          f"data/frontier_v1.json; look at {wrong or names}")
     chosen = config.only.split(",") if config.only else names
-    local = dict(item.partition("=")[::2] for item in config.source.split(",") if item)
+    given = [item.partition("=")[::2] for item in config.source.split(",") if item]
+    local = dict(given)
+    if len(local) < len(given):
+        raise ValueError(f"--source {config.source} names one source twice; put its files into one folder")
     if unknown := {*chosen} - {*names} or {*local} - {*chosen}:
         raise ValueError(f"--only or --source names {', '.join(sorted(unknown))}; {path} has {', '.join(names)}, and --source must be among --only")
     for source, place in local.items():
@@ -434,7 +437,9 @@ def inspect(config):
         print("verified: every shard has the sha256 of the manifest")
 
 
-COMMANDS = {"download": download, "tokenizer": tokenizer, "tokenize": tokenize, "inspect": inspect}
+OF_A_MIX, OF_SHARDS = ("mix", "raw", "only", "source"), ("out", "val_fraction", "vocab_size", "tokenizer", "workers")
+COMMANDS = {"download": (download, (*OF_A_MIX, "max_bytes")), "tokenizer": (tokenizer, OF_A_MIX + OF_SHARDS), "tokenize": (tokenize, OF_A_MIX + OF_SHARDS),
+            "inspect": (inspect, ("data", "verify"))}
 
 
 def main():
@@ -445,7 +450,10 @@ def main():
         raise ValueError(f"no command {command!r}; choose from {', '.join(COMMANDS)} (see --help)")
     if sum(word.partition("=")[0] == "--source" for word in sys.argv) > 1:
         raise ValueError("--source is given more than once; give it once, comma-separated: --source a=PATH,b=PATH")
-    COMMANDS[command](Config(**given))
+    function, names = COMMANDS[command]
+    if foreign := [f"--{name.replace('_', '-')}" for name in given if name not in names]:
+        raise ValueError(f"{', '.join(foreign)} does nothing in {command}; leave it out (see --help)")
+    function(Config(**given))
 
 
 if __name__ == "__main__":

@@ -692,6 +692,7 @@ def test_sources_are_chosen_and_replaced_by_name(tmp_path, small):
     for content in ("{", "[]", '{"name": "m"}', '{"name": "m", "sources": []}', '{"name": "m", "sources": [{"name": "../x", "weight": 1}]}',
                     '{"name": "m", "sources": [{"name": "x", "weight": 0}]}', '{"name": "m", "sources": [{"name": "x", "weight": 1, "chat": {}}]}',
                     '{"name": "m", "sources": [{"name": "x", "weight": Infinity}]}', '{"name": "m", "sources": {"x": 1}}', '{"name": "m", "sources": [{"name": "x", "weight": 1, "files": [5]}]}',
+                    '{"name": "m", "sources": [{"name": "x", "weight": 1, "files": "web.parquet"}]}',
                     '{"name": "m", "sources": [{"name": "x", "weight": 1, "stand_in": 5}]}', "[" * 100_000):
         Path(config.mix).write_text(content)
         with pytest.raises(ValueError, match="mix.json"):
@@ -707,6 +708,8 @@ def test_the_command_line_says_one_line_and_ends_with_2(tmp_path, small, monkeyp
             (known + ["--source=code=a", "--source", "web=b"], 2, "--source is given more than once"),
             (known + ["--source", f"code=/nowhere,web={config.raw}"], 2, "--source code=/nowhere: no such file"),
             (known + ["--tokenizer", str(tmp_path)], 2, "tokenizer.txt"),
+            (known + ["--source", f"web={config.raw},web={config.out}"], 2, "names one source twice"),
+            (known + ["--max-bytes", "5"], 2, "--max-bytes does nothing in tokenize"), (["inspect", "--workers", "2", "--out", "x"], 2, "--workers, --out does nothing in inspect"),
             (["inspect", "--data", str(tmp_path)], 2, "has no manifest.json"),
             (["--help"], 0, "A mix file names sources")):
         monkeypatch.setattr(sys, "argv", ["prepare.py", *argv])
