@@ -77,8 +77,9 @@ class Tokenizer:
             lines = (folder / "tokenizer.txt").read_bytes().splitlines()
             ranks = [base64.b64decode(line.split()[0], validate=True) for line in lines]
             ordered = [int(line.split()[1]) for line in lines] == list(range(len(lines)))
-            pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"] + ""       # a TypeError unless it is text
-        except (ValueError, IndexError, KeyError, TypeError) as e:
+            pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"]
+            tiktoken.Encoding("check", pat_str=pattern, special_tokens={}, mergeable_ranks={b"a": 0})       # is it one?
+        except (RecursionError, ValueError, IndexError, KeyError, TypeError) as e:
             raise ValueError(f"the tokenizer in {folder} is not readable ({e}); copy it anew, or make it with data/prepare.py") from None
         if not ordered or len(ranks) >= 2 ** 16 or len(set(ranks)) != len(ranks) or {bytes([b]) for b in range(256)} - set(ranks[:256]):
             raise ValueError(f"{folder / 'tokenizer.txt'} is not a byte-level BPE of at most 65,536 ids in order of rank")
@@ -194,9 +195,9 @@ def open_shard(path, tokenizer):
     if size != expected:
         raise ValueError(f"shard {path} has {size} bytes where its header says {expected}: it was cut; "
                          f"run data/prepare.py tokenize again")
-    if header["tokenizer_sha256"].decode() != tokenizer.sha256:
+    if header["tokenizer_sha256"] != tokenizer.sha256.encode():
         raise ValueError(f"shard {path} was written with another tokenizer ({header['vocab_size']} ids, sha256 "
-                         f"{header['tokenizer_sha256'].decode()[:12]}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...); "
+                         f"{header['tokenizer_sha256'][:12].decode(errors='replace')}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...); "
                          f"tokenise into a folder of its own with data/prepare.py tokenize")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.itemsize, shape=(int(header["n_tokens"]),))
 
@@ -353,7 +354,7 @@ def open_data(path="", vocab_size=None):
         manifest = json.loads((folder / "manifest.json").read_text())
         sources = [(s["name"], float(s["weight"]), {split: [f["file"] + "" for f in s[split]] for split in ("train", "val")})
                    for s in manifest["sources"]]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{folder / 'manifest.json'} is not readable ({e!r}); run data/prepare.py tokenize again") from None
     tokenizer = Tokenizer.load(folder)
     if vocab_size not in (None, tokenizer.vocab_size):

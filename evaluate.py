@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataloader import VAL_SEED, open_data, validation_windows
+from dataloader import VAL_SEED, open_data, validation_windows, write_whole
 from flags import Ranks, flag, parse_flags, run
 from model import (BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, get, load_checkpoint, norm, read_object, read_record, softcap,
                    stage_bytes)
@@ -504,9 +504,7 @@ def speculation(model, part, n_prompts, fast):
 
 def write_json(path, value):
     """Write a JSON file whole or not at all. A hard link to the old file elsewhere keeps the old content."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_log(path):

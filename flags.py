@@ -78,7 +78,11 @@ class Ranks:
         Ranks.made = True
         self.distributed = distributed
         self.keeps_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun's agent does elsewhere
-        store = distributed.TCPStore(*place, is_master=self.keeps_store, wait_for_workers=False)
+        try:
+            store = distributed.TCPStore(*place, is_master=self.keeps_store, wait_for_workers=False)
+        except RuntimeError as e:
+            raise ValueError(f"rank {self.rank} finds no rendezvous at {place[0]}:{place[1]} ({str(e).splitlines()[0]}); set MASTER_ADDR and MASTER_PORT "
+                             f"to a free port of rank 0's machine, or use torchrun") from None
         meeting = self._meet(store)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=self.rank, world_size=self.world_size,
                                        store=distributed.PrefixStore(meeting, store))
@@ -90,8 +94,9 @@ class Ranks:
         self._beat("0")
         self.gather(None)
         self.closed = threading.Event()
-        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher, self.watched = threading.Thread(target=self._watch, daemon=True), time.monotonic()
         self.watcher.start()
+        threading.Thread(target=self._watch_store, daemon=True).start()
         Ranks.current = self
 
     @staticmethod
@@ -99,9 +104,10 @@ class Ranks:
         """(rank, world size, local rank, (address, port) of the store or None) as torchrun sets them."""
         try:
             rank, world_size, local_rank = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-            if not 0 <= rank < world_size:
-                raise ValueError(f"rank {rank} of {world_size}")
-            return rank, world_size, local_rank, (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if world_size > 1 else None
+            place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if world_size > 1 else None
+            if not 0 <= rank < world_size or (place and not 0 < place[1] < 65536):
+                raise ValueError(f"rank {rank} of {world_size}, meeting at {place}")
+            return rank, world_size, local_rank, place
         except (KeyError, ValueError) as e:
             raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are not as torchrun sets them ({e}); unset them or use "
                              f"torchrun") from None
@@ -193,18 +199,30 @@ class Ranks:
     def _silences(self):
         return {rank: time.monotonic() - when for rank, (_, when) in self.heard.items()}
 
+    def _end(self, who, why):
+        if not self.closed.is_set():
+            print(f"{os.path.basename(sys.argv[0])}: error: {who} {why}; this rank ends too "
+                  f"(--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _watch_store(self):
+        """A store whose process is stopped or whose machine is cut off answers no call, and no call on it ever returns."""
+        place = f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        while not self.closed.wait(BEAT):
+            if time.monotonic() - self.watched > SILENCE:
+                self._end(place, f"has not answered for {SILENCE:.0f} s")
+
     def _watch(self):
         while not self.closed.wait(BEAT):
+            self.watched = time.monotonic()
             why = f"has not been heard of for {SILENCE:.0f} s: it died, or its machine is gone"
             try:
                 self._beat(str(time.monotonic()))
                 dead = [self.names[rank] for rank, silence in self._listen().items() if silence > SILENCE]
             except RuntimeError:
                 dead, why = [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"], "is gone, with its process or its machine"
-            if dead and not self.closed.is_set():
-                print(f"{os.path.basename(sys.argv[0])}: error: {', '.join(dead)} {why}; this rank ends too "
-                      f"(--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
-                os._exit(1)
+            if dead:
+                self._end(", ".join(dead), why)
 
     def stop_watching(self):
         """End the watching thread: one that Python's end finds inside a call of the store would abort the process."""

@@ -382,7 +382,7 @@ class Block(nn.Module):
 # The model
 
 class PoE(nn.Module):
-    """K stages, each with its own next-token distribution. Build on the meta device or a real one, then `init_weights`.
+    """K stages, each with its own next-token distribution. `from_record` builds a checkpoint's; else build on a device, then `init_weights`.
 
     compute_dtype: dtype of activations and matrix products; parameters stay in their own (float32 in training).
     """
@@ -545,7 +545,7 @@ class PoE(nn.Module):
         """Add the gradient of a stage's own head to the shared head's."""
         if head is not self.lm_head:
             shared = self.lm_head.weight
-            shared.grad = head.weight.grad.clone() if shared.grad is None else shared.grad.add_(head.weight.grad)
+            shared.grad = head.weight.grad.clone() if head is self.lm_head_stages[0] else shared.grad.add_(head.weight.grad)
 
     def stage_of(self, name):
         """The stage that trains parameter `name`, or None for the shared head, which all stages train."""
@@ -680,7 +680,7 @@ def verify_checkpoint(path, skip_optimizer=False, share=(0, 1)):
     """
     path = Path(path)
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
+        files = read_json(path / "manifest.json")["files"]
         if not {"config.json", "model.pt"} <= files.keys() or any(".." in name or name.startswith("/") for name in files):
             raise ValueError("it must name config.json, model.pt and files beside them")
     except FileNotFoundError:

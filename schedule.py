@@ -20,7 +20,7 @@ restarts: SGDR (arXiv 1608.03983). As a script it draws a phase and prints its f
         --at 84000,86000
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from flags import flag, parse_flags, run
 
@@ -30,9 +30,9 @@ MOMENTUM_RAMP_STEPS = 400
 
 @dataclass(frozen=True)
 class Phase:
-    anchor: int = flag(0, "step at which the phase starts, steps")
+    anchor: int = flag(0, "step at which the phase starts")
     num_steps: int = flag(1000, "length of the phase, steps")
-    warmup_steps: int = flag(0, "linear warmup from 0 to the peak, steps")
+    warmup_steps: int = flag(0, "steps of linear warmup: the first at peak / warmup_steps")
     peak_lrm: float = flag(1.0, "learning-rate multiplier between warmup and warmdown")
     warmdown_ratio: float = flag(0.65, "share of the phase spent in linear warmdown, 0 to 1")
     final_lrm: float = flag(0.05, "learning-rate multiplier at the end of the phase")
@@ -117,12 +117,11 @@ class Flags(Phase):
 
 
 def main():
-    config = Flags(**parse_flags(Flags, __doc__))
-    phase = Phase(**{f.name: getattr(config, f.name) for f in fields(Phase)})
+    phase = Flags(**parse_flags(Flags, __doc__))
     try:
-        steps = [int(s) for s in config.at.split(",") if s.strip()]
+        steps = [int(s) for s in phase.at.split(",") if s.strip()]
     except ValueError:
-        raise ValueError(f"--at {config.at!r} is not a list of steps such as 84000,86000") from None
+        raise ValueError(f"--at {phase.at!r} is not a list of steps such as 84000,86000") from None
     for step in steps:
         if not phase.anchor <= step <= phase.end:
             raise ValueError(f"--at {step} lies outside the phase, steps {phase.anchor} to {phase.end}")

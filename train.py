@@ -42,13 +42,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import torch
 from torch.nn.utils import get_total_norm
 
-from dataloader import Loader, open_data, validation_windows
+from dataloader import Loader, open_data, validation_windows, write_whole
 from evaluate import read_log, score, slice_text, summarize, write_json
 from flags import Ranks, check_types, discard_stdout, flag, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps, choose_device,
-                   count_parameters, flops_per_token, load_tensors, read_json, parameter_group, read_record, sha256_of, verify_checkpoint)
+                   count_parameters, flops_per_token, get, load_tensors, parameter_group, read_json, read_object, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
-from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
+from schedule import Phase, learning_rate, muon_momentum, position, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
 CHECK_RANKS_EVERY = 100             # steps between checks that all ranks hold the same parameters
@@ -78,8 +78,8 @@ class Recipe:
 
 
 # The card gives 3b's batch, steps, schedule, first three rates, and save and eval sizes. d12's rates are nanochat's at its reference
-# width, but for scalar_lr, where 0.5 was worse than 0.05 to 0.1 here; weight decay follows nanochat's rule (0.28 at 1.3 G tokens, less in
-# proportion for more); d12 and 1b train 20 tokens per parameter of trunk + head; tiny was tuned for two minutes on two CPU cores.
+# width, but for scalar_lr, where 0.5 was worse than 0.05 to 0.1 here; weight decay follows nanochat's rule, 0.28 sqrt(batch / 524,288)
+# 1.3 G / tokens, rounded; d12 and 1b train 20 tokens per parameter of trunk + head; tiny was tuned for two minutes on two CPU cores.
 #                   batch tokens  seqs   steps  warmup  down final | matrix embed unembed scalar  decay | eval every, tokens  save
 RECIPES = {
     "tiny": Recipe(        2_048,    8,    400,     10, 0.65, 0.05,  0.030, 0.30,  0.008,  0.05, 0.000,   -1,     36_864,   200),
@@ -135,8 +135,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) < 2 ** 62:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1, and below 2^62")
         for name in ("seed", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
             if not 0 <= getattr(self, name) < (2 ** 63 if name == "seed" else 1000):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative, and below "
@@ -147,6 +147,9 @@ class TrainConfig:
             raise ValueError("--reset-optimizer needs --continue-from, the checkpoint whose weights to start from")
         if self.total_batch_tokens % self.sequence_len:
             raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} is not a multiple of --sequence-len {self.sequence_len}")
+        if self.batch > 10 ** 7:
+            raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} / --sequence-len {self.sequence_len} are {self.batch} sequences a step; "
+                             f"10,000,000 are the most")
         if self.batch % self.device_batch_size:
             raise ValueError(f"--device-batch-size {self.device_batch_size} does not divide a step's {self.batch} sequences "
                              f"(--total-batch-tokens {self.total_batch_tokens} / --sequence-len {self.sequence_len})")
@@ -186,7 +189,8 @@ def resolve_config(given, restarted=False):
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
     if restarted and not resume:                                            # torchrun started the same command again
         out = given.get("out", f"runs/{given.get('preset', 'tiny')}")
-        if (Path(out) / "config.json").exists():
+        recorded = get(read_object(Path(out) / "config.json"), ("train",)) or {}
+        if recorded and all(name == "out" or recorded.get(name) == value for name, value in given.items()):      # not a run that was there before
             given, resume = {}, out
     if resume:
         out = Path(resume)
@@ -368,7 +372,7 @@ def dry_run(config, rows, world_size):
                       "phases": rows, "memory_per_rank_bytes": memory, "memory_per_rank_bytes_total": sum(memory.values()), "world_size": world_size}))
 
 
-def validation_slices(data, rows, config):
+def validation_slices(data, rows, config, say):
     """What to validate on: [(path, mix, windows)], the present data first, then that of earlier phases where it was other data."""
     slices, seen = [(data.path, data.val(config.sequence_len))], {data.sha256}
     for row in reversed(rows[:-1]):
@@ -377,7 +381,7 @@ def validation_slices(data, rows, config):
             try:
                 slices.append((row["mix"], open_data(row["mix"], config.vocab_size).val(config.sequence_len)))
             except (OSError, ValueError) as e:
-                print(f"the validation slice of the earlier data is left out: {e}")
+                say(f"the validation slice of the earlier data is left out: {e}")
     return [(path, mix, validation_windows(mix, config.eval_tokens)) for path, mix in slices]
 
 
@@ -433,20 +437,17 @@ def write_files(folder, step, ranks, model, optimizer, record, state, tokenizer)
 
 def write_manifest(path, files):
     """Write manifest.json of a checkpoint, {file: sha256}, whole or not at all."""
-    temporary = path / ".manifest.json.tmp"
-    temporary.write_text(json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1))
-    sync(temporary)
-    os.replace(temporary, path / "manifest.json")
+    write_whole(path / "manifest.json", json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1).encode())
     sync(path)
 
 
-def drop_optimizer_state(out, keep, phase_ends):
-    """Delete the optimizer state of all checkpoints but the newest `keep` and those at `phase_ends`; their manifests say so first."""
-    for path in checkpoint_steps(out)[:-keep] if keep > 0 else ():
+def drop_optimizer_state(out, step, keep, phase_ends):
+    """Delete the optimizer state of the checkpoints up to `step` but the newest `keep` and those at `phase_ends`; their manifests say so first."""
+    paths = [path for path in checkpoint_steps(out) if int(path.name[5:]) <= step]          # those beyond were skipped as damaged
+    for path in paths[:-keep] if keep > 0 else ():
         if int(path.name[5:]) not in phase_ends and (path / "optim").exists():
-            try:
-                files = json.loads((path / "manifest.json").read_text())["files"]
-            except (OSError, ValueError, KeyError, TypeError):
+            files = get(read_object(path / "manifest.json"), ("files",))
+            if not isinstance(files, dict):
                 continue                                    # damaged: left as it is, for its owner to look at
             write_manifest(path, {name: sha256 for name, sha256 in files.items() if not name.startswith("optim/")})
             shutil.rmtree(path / "optim")
@@ -462,7 +463,8 @@ def place_seed(parent, files, out, step):
         except OSError:                                     # another file system
             shutil.copyfile(parent / name, temporary / name)
             sync(temporary / name)
-    sync(temporary)
+    for folder in {(temporary / name).parent for name in files}:
+        sync(folder)
     os.rename(temporary, final)
     sync(out)
 
@@ -487,9 +489,10 @@ def sync(path):
 def read_state(path):
     """state.json of a checkpoint: step, sample (the global sample cursor), train_time. Raises ValueError where it is not one."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        assert all(state[key] >= 0 for key in ("step", "sample", "train_time"))
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        state = read_json(path / "state.json")
+        if any(type(state[key]) is not int or not 0 <= state[key] < 2 ** 62 for key in ("step", "sample")) or not 0 <= state["train_time"] < math.inf:
+            raise ValueError("step and sample are whole numbers, train_time is seconds")
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path / 'state.json'} is not a run's state ({e!r}); use another step") from None
     return state
 
@@ -514,7 +517,7 @@ def restore_newest(out, ranks, model, optimizer, with_optimizer):
 
     with_optimizer: a function of the step. The ranks share the work of checking sha256 sums.
     """
-    paths = checkpoint_steps(out)
+    paths = ranks.gather(checkpoint_steps(out))[0]          # a shared file system may show them late elsewhere
     for path in reversed(paths):
         for attempt in (lambda: verify_checkpoint(path, share=(ranks.rank, ranks.world_size)),
                         lambda: restore(path, model, optimizer, with_optimizer(read_state(path)["step"]))):
@@ -563,16 +566,16 @@ def check_finite(step, gathered, saved):
 def open_log(path, step):
     """Open log.jsonl for appending, without the lines at or beyond `step`, which a resumed run writes again."""
     kept = [entry for entry in read_log(path) if entry["step"] < step or (entry["step"] == step and entry["kind"] != "step")]
-    temporary = path.with_name(".log.jsonl.tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
     return open(path, "a", buffering=1), {entry["step"] for entry in kept if entry["kind"] == "val"}
 
 
 def git_commit():
     """The commit of this code, or "unknown" outside a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    with suppress(OSError):                                                 # no git here
+        found = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip() or "unknown"
+    return "unknown"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -610,6 +613,7 @@ def main(argv=None):
     with ranks.together():
         # config
         config, rows = resolve_config(given, ranks.restarted)
+    with ranks.together():                                                  # all ranks have looked at RUN before rank 0 writes there
         model_config, out = config.model_config(), Path(config.out)
         if ranks.world_size > config.n_micro:
             raise ValueError(f"a step's {config.n_micro} micro-batches (--total-batch-tokens {config.total_batch_tokens} / --sequence-len "
@@ -631,8 +635,11 @@ def main(argv=None):
         if mix_sha256 not in (None, data.sha256):
             raise ValueError(f"{data.path or 'the embedded sample'} is not the data that {out} was trained on; give that with --data, or "
                              f"begin a phase on other data with --continue-from")
-        slices = validation_slices(data, rows, config)
+        slices = validation_slices(data, rows, config, say)
         _, val_mix, n_val_windows = slices[0]
+        if ranks.world_size > n_val_windows:
+            raise ValueError(f"--eval-tokens {config.eval_tokens} are {n_val_windows} windows of {config.sequence_len} tokens, fewer than the "
+                             f"{ranks.world_size} ranks that share them; raise --eval-tokens or start fewer ranks")
         train_mix = data.train(config.sequence_len, config.seed)
         stream_start = samples_of_earlier_phases(rows) - rows[-1]["anchor_sample"]
 
@@ -653,7 +660,7 @@ def main(argv=None):
         # the run's folder
         if main_rank:
             parent = Path(config.continue_from)
-            if config.continue_from and (not config.resume or not checkpoint_steps(out)):
+            if config.continue_from and not checkpoint_steps(out):
                 if read_record(parent)["tokenizer"]["sha256"] != tokenizer.sha256:
                     raise ValueError(f"{data.path or 'the embedded sample'} was tokenised with another tokenizer than {parent} was trained with")
                 seed_files = verify_checkpoint(parent)
@@ -666,6 +673,11 @@ def main(argv=None):
             if config.continue_from and not checkpoint_steps(out):
                 write_json(out / "config.json", record)                     # first: a run that is killed here places its seed on --resume
                 place_seed(parent, seed_files, out, rows[-1]["anchor_step"])
+
+    paths = ranks.gather([path for path, _, _ in slices])                   # a rank may lack earlier data: then none validates on it
+    for part in [part for part in slices if not all(part[0] in there for there in paths)]:
+        say(f"the validation slice of the earlier data {part[0]} is left out: not every rank can read it")
+        slices.remove(part)
 
     # where the run stands
     step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk
@@ -729,16 +741,18 @@ def main(argv=None):
             last = step == end
             save_due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
             eval_due = save_due or dense_step(rows, step) or (step > 0 and config.eval_every > 0 and step % config.eval_every == 0)
-            if last or (eval_due and step not in validated):
+            if last or (eval_due and step not in validated and not stopping):       # a resumed run validates here
                 metrics = validate()
             if step % CHECK_RANKS_EVERY == 0 or save_due or stopping:
                 check_ranks(ranks, model, step)
             if (save_due or stopping) and step != saved:
+                if main_rank:
+                    os.fsync(log_file.fileno())                             # a log is as long as its checkpoints say
                 say(f"saved {save_checkpoint(out, step, ranks, model, optimizer, record, {**state, 'step': step}, tokenizer)}")
                 saved = step
                 with ranks.together():
                     if main_rank:
-                        drop_optimizer_state(out, config.keep_optim, {row["anchor_step"] for row in rows} | {end})
+                        drop_optimizer_state(out, step, config.keep_optim, {row["anchor_step"] for row in rows} | {end})
             if last or stopping:
                 break
 
@@ -754,14 +768,14 @@ def main(argv=None):
                     if last_micro:
                         norms[k] = get_total_norm([optimizer.params[name].grad for name in names_of_stage[k]], math.inf)
                         optimizer.start_reduce(names_of_stage[k])           # travels while the next stage runs
-            mine = losses.tolist(), norms.tolist(), bool(stop)              # the one host sync of a step
+            mine = losses.tolist(), norms.tolist(), bool(stop)              # the losses' one host sync of a step
             fwdbwd = time.time() - start
             gathered = ranks.gather(mine)
             with ranks.alike():
                 check_finite(step, gathered, saved)
             losses = [sum(of_ranks) for of_ranks in zip(*(values[0] for values in gathered))]
             stopping = any(values[2] for values in gathered)
-            phase = phases[phase_index(phases, step)]
+            phase = phases[-1]
             lrm = learning_rate(phase, step)
             for group in groups:
                 group["lr"] = group["initial_lr"] * lrm

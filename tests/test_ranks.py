@@ -4,6 +4,7 @@ Training on several ranks: any world size is one run. Reference: the same run on
 Ranks are forked from the test (no second import of torch) and talk over gloo on loopback; one test goes through torchrun itself.
 Run: python -m pytest tests/test_ranks.py
 """
+import json
 import multiprocessing
 import os
 import re
@@ -162,6 +163,7 @@ def test_the_layout_of_3b_on_12_ranks_covers_balances_and_saves_memory():
 
 
 @pytest.mark.parametrize("environment, argv", [({"WORLD_SIZE": "2", "RANK": "0"}, []), ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, []),
+                                               ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, []),
                                                ({"WORLD_SIZE": "-1"}, []), ({"WORLD_SIZE": "0"}, ["--dry-run"]), ({"WORLD_SIZE": "abc"}, ["--dry-run"])])
 def test_an_environment_that_is_not_torchruns_gets_one_line(environment, argv, monkeypatch, refused):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -246,22 +248,54 @@ def test_a_dead_rank_is_named_by_the_others_which_end(data, tmp_path):
         assert len(error) == 1 and re.search(r"rank 1 on \S+ (died|has not been heard of)", error[0]), output[rank]
 
 
-def test_a_silent_rank_ends_those_that_wait_for_it(data, tmp_path):
+@pytest.mark.parametrize("silent, message", [(1, r"rank 1 on \S+ has not been heard of for 3 s"), (0, r"the rendezvous at 127.0.0.1:\d+ has not answered for 3 s")])
+def test_a_silent_rank_ends_those_that_wait_for_it(silent, message, data, tmp_path):
     def stall(rank):
-        flags.SILENCE = 4.0
+        flags.SILENCE = 3.0
         step = MuonAdamW.step
-        MuonAdamW.step = lambda self: os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else step(self)     # alive, but it will never answer
-    processes = start_ranks(2, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, stall)
-    processes[0].join(40)
-    processes[1].kill()
-    assert processes[0].exitcode == 1
-    assert re.search(r"rank 1 on \S+ has not been heard of for 4 s", (tmp_path / "0.out").read_text())
+        MuonAdamW.step = lambda self: os.kill(os.getpid(), signal.SIGSTOP) if rank == silent else step(self)    # alive, but it will never answer
+    processes = start_ranks(2, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, stall)            # rank 0 keeps the store
+    processes[1 - silent].join(40)
+    processes[silent].kill()
+    assert processes[1 - silent].exitcode == 1
+    assert re.search(message, (tmp_path / f"{1 - silent}.out").read_text())
+
+
+def test_earlier_data_that_one_rank_cannot_read_and_a_damage_that_one_rank_finds_are_told_for_all(data, four_ranks, tmp_path):
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(data, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["sources"][0]["weight"] = 20
+    (other / "manifest.json").write_text(json.dumps(manifest))
+
+    def far(rank):
+        opened = train.open_data
+        train.open_data = lambda path, *more: opened("nowhere" if rank == 1 and path == str(data) else path, *more)
+    codes, output = run_ranks(2, ["--continue-from", four_ranks / "step-00020", "--out", run, "--data", other, "--num-steps", "4", "--save-every", "2",
+                                  "--warmup-steps", "1"], tmp_path, far)
+    assert codes == [0, 0] and f"earlier data {data} is left out" in output[0] and not output[1], output
+    assert log_lines(run, "val") and not log_lines(run, "val_old")
+    names = list(json.loads((run / "step-00024" / "manifest.json").read_text())["files"])
+    for number, step in ((0, "step-00024"), (1, "step-00022")):             # one in the share of each rank
+        with open(run / step / names[number], "a") as f:
+            f.write(" x")
+    codes, output = run_ranks(2, ["--resume", run], tmp_path)
+    assert codes == [0, 0] and output[0].count("skipping") == 2 and f"resuming {run / 'step-00020'}" in output[0], output
+
+
+def test_a_late_rank_does_not_take_what_rank_0_writes_for_another_run(data, four_ranks, tmp_path):
+    def late(rank):
+        resolve = train.resolve_config
+        train.resolve_config = lambda *args: (time.sleep(1.5 * rank), resolve(*args))[1]
+    codes, output = run_ranks(2, ["--continue-from", four_ranks / "step-00020", "--out", tmp_path / "run", "--num-steps", "1", "--warmup-steps", "0"], tmp_path, late)
+    assert codes == [0, 0], output
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--device-batch-size", "4"], "1 micro-batches (--total-batch-tokens 64 / --sequence-len 16 / --device-batch-size 4) leave some of 2 ranks without work"),
     (["--n-head", "5"], "n_embd = 12 must be an even multiple of n_head = 5"),
     (["--eval-tokens", "99999999"], "99,999,999 validation tokens were asked for"),
+    (["--eval-tokens", "16"], "--eval-tokens 16 are 1 windows of 16 tokens, fewer than the 2 ranks that share them"),
     (["--vocab-size", "x"], "argument --vocab-size: invalid int value: 'x'"),
 ])
 def test_bad_input_is_told_once_and_by_rank_0(argv, message, data, tmp_path):

@@ -325,6 +325,8 @@ def test_dry_run_prints_the_plan_as_json_and_writes_nothing(preset, tmp_path, mo
     (["--matrix-lr", "-1"], ["matrix-lr -1"]), (["--matrix-lr", "nan"], ["matrix-lr nan"]), (["--warmup-steps", "399"], ["warmup_steps 399"]),
     (["--data", "no/such/folder"], ["no/such/folder", "manifest.json"]), (["--resume", "no/such/run"], ["no/such/run"]), (["--num-step", "5"], ["--num-step"]),
     (["--objective", "bp", "--stage-layers", "2,3"], ["bp"]), (["--eval-tokens", "99999999"], ["99,999,999"]), (["--seed", "-1"], ["seed -1"]),
+    (["--total-batch-tokens", "16" + "0" * 20, "--sequence-len", "16", "--device-batch-size", "1"], ["total-batch-tokens 16", "2^62"]),
+    (["--total-batch-tokens", "1600000000", "--sequence-len", "16", "--device-batch-size", "1"], ["100000000 sequences"]),
     (["--sequence-len", "99999", "--total-batch-tokens", "99999", "--device-batch-size", "1"], ["100000"])])
 def test_bad_flags_get_one_line_and_write_nothing(argv, words, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
@@ -674,6 +676,65 @@ def test_the_same_command_goes_on_when_torchrun_restarts_it(trained, data, tmp_p
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main([*SMALL, "--data", str(data), "--out", str(run)])
     assert "resuming" in capsys.readouterr().out and same(weights(run / "step-00006"), weights(trained / "step-00006"))
+
+
+def test_a_restart_does_not_take_up_a_run_that_the_same_command_was_refused(trained, data, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    assert "already holds a run" in refused(train.main, *SMALL, "--data", data, "--out", trained, "--seed", "7")
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_damaged_checkpoints_beyond_the_resumed_one_do_not_cost_new_ones_their_optimizer_state(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main([*SMALL, "--data", str(data), "--out", str(run), "--num-steps", "12", "--save-every", "2", "--keep-optim", "-1"])
+    for step in (8, 10, 12):
+        with open(run / f"step-{step:05d}" / "model.pt", "ab") as f:
+            f.write(b"x")
+    step, n = train.MuonAdamW.step, []
+
+    def interrupted(self):
+        step(self)
+        n.append(os.kill(os.getpid(), signal.SIGTERM) if len(n) == 2 else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.MuonAdamW, "step", interrupted)
+        before = signal.getsignal(signal.SIGTERM)
+        train.main(["--resume", str(run), "--keep-optim", "2"])
+        signal.signal(signal.SIGTERM, before)
+    out = capsys.readouterr().out
+    assert f"resuming {run / 'step-00006'}" in out and f"saved {run / 'step-00008'}" in out and "stopped at step 10" in out
+    assert (run / "step-00008" / "optim").is_dir() and (run / "step-00010" / "optim").is_dir()
+    train.main(["--resume", str(run)])
+    assert f"resuming {run / 'step-00010'}" in capsys.readouterr().out
+
+
+def test_a_machine_without_git_trains(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train.git_commit() == "unknown"
+
+
+@pytest.mark.parametrize("change", [{"step": 4.5}, {"step": -6}, {"sample": 10 ** 30}, {"sample": "1"}, {"train_time": None}, {"train_time": float("inf")}])
+def test_a_state_that_is_none_is_skipped_with_its_reason(change, trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    state = run / "step-00006" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    remanifest(run / "step-00006")
+    train.main(["--resume", str(run)])
+    out = capsys.readouterr().out
+    assert f"skipping {run / 'step-00006'}" in out and "state.json is not a run's state" in out and f"resuming {run / 'step-00003'}" in out
+
+
+def test_everything_that_a_resume_reads_is_on_the_disk_before_it_gets_its_name(data, trained, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.add(os.readlink(f"/proc/self/fd/{descriptor}")), fsync(descriptor))[1])
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("another file system")))
+    train.main(["--continue-from", str(trained / "step-00006"), "--out", str(tmp_path / "b"), *CONTINUAL])
+    names = {str(Path(path).relative_to(tmp_path / "b")) for path in synced if path.startswith(str(tmp_path / "b"))}
+    seed = {".tmp-step-00006" + tail for tail in ("", "/optim", "/model.pt", "/optim/rank-00000.pt", "/config.json", "/state.json", "/manifest.json")}
+    new = {".tmp-step-00014" + tail for tail in ("", "/optim", "/model.pt", "/optim/rank-00000.pt", "/config.json", "/state.json", "/manifest.json.tmp")}
+    assert names >= seed | new | {".", "config.json.tmp", "log.jsonl"}, sorted((seed | new) - names)
+    assert same(weights(tmp_path / "b" / "step-00006"), weights(trained / "step-00006"))
 
 
 def test_a_refused_resume_leaves_the_recorded_config_as_it_was(trained, tmp_path, refused):
