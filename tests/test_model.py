@@ -118,6 +118,17 @@ def test_later_stages_still_run_when_their_loss_is_asked_one_at_a_time():
     assert [k for k, _ in model.backward_by_stage(*tokens(), 1.0)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("objective", ["poe", "joint"])
+def test_gradients_of_two_whole_steps_add_up_in_the_shared_head_too(objective):
+    idx, targets = tokens()
+    once, twice = make(objective=objective), make(objective=objective)
+    for model, n in ((once, 1), (twice, 2)):
+        for _ in range(n):
+            list(model.backward_by_stage(idx, targets, 1 / targets.numel()))
+    for (name, p), (_, q) in zip(once.named_parameters(), twice.named_parameters()):
+        assert torch.allclose(2 * p.grad, q.grad, rtol=1e-12, atol=1e-15), name
+
+
 def test_future_tokens_never_change_earlier_log_probs():
     model = make()
     idx, _ = tokens()
