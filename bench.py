@@ -199,7 +199,7 @@ class BenchConfig:
                 raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
                                  f"(--device-batch-size {self.device_batch_size}, or :N in --variants {self.variants}, x {PRESETS[self.preset].sequence_len})")
         names = [name for name, _ in self.labels().values()]
-        if len(names) < len(self.variants.split(",")):
+        if len({*self.labels().values()}) < len(self.variants.split(",")):
             raise ValueError(f"--variants {self.variants} has one twice; name each once")
         if self.total_batch_tokens > 2 ** 30:
             raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be at most 2^30")

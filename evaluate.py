@@ -513,7 +513,7 @@ def read_log(path):
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry:
             entries.append(entry)

@@ -49,6 +49,8 @@ def check_types(cls, values):
     for field in dataclasses.fields(cls):
         value = values.get(field.name, field.default)
         kinds = (int, float) if field.type is float else (field.type,)
+        if value is not None and value not in (field.metadata.get("choices") or (value,)):
+            raise ValueError(f"{field.name} is {value!r} there, not one of {', '.join(field.metadata['choices'])}")
         if not (value is None and field.default is None) and type(value) not in kinds:
             raise ValueError(f"{field.name} is {value!r} there, not {'a number' if field.type is float else 'of type ' + field.type.__name__}")
 

@@ -204,10 +204,10 @@ def resolve_config(given, restarted=False):
         except FileNotFoundError:
             raise FileNotFoundError(f"--resume {out}: no run there (no config.json); start one with --out {out}") from None
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{out / 'config.json'} is not readable: {e!r}") from None
+            raise ValueError(f"--resume {out}: config.json holds no run ({e}); restore it from a copy, such as a checkpoint's config.json") from None
         refuse(given, (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer"),
                f"--resume: the run in {out} has its own; leave it out or start another --out")
-        if Path(given.get("out") or out) != out:
+        if Path(given.get("out") or out).resolve() != out.resolve():
             raise ValueError(f"--out {given['out']} and --resume {out} name two runs; leave --out out")
         return recorded_config(out, {**recorded, **given, "resume": str(resume), "out": str(out)}), check_phases(out, phases)
     if parent:
@@ -276,9 +276,12 @@ def check_phases(path, rows):
             phase_of(row), row["mix"] + "", hash(row["mix_sha256"])
             if any(type(row[name]) is not int or not 0 <= row[name] < 2 ** 62 for name in ("anchor_step", "anchor_sample", "num_steps", "warmup_steps")):
                 raise ValueError("anchors and steps are whole numbers")
-        if not rows or any(before["anchor_step"] + before["num_steps"] < after["anchor_step"] for before, after in zip(rows, rows[1:])):
-            raise ValueError("each phase begins in the one before it or at its end")
-    except (KeyError, TypeError, ValueError) as e:
+        if rows[0]["anchor_step"] or rows[0]["anchor_sample"]:
+            raise ValueError("the first phase begins at step 0 and sample 0")
+        if any(not before["anchor_step"] <= after["anchor_step"] <= before["anchor_step"] + before["num_steps"]
+               or before["anchor_sample"] > after["anchor_sample"] for before, after in zip(rows, rows[1:])):
+            raise ValueError("each phase begins in the one before it or at its end, in steps and in samples")
+    except (KeyError, TypeError, ValueError, IndexError) as e:
         raise ValueError(f"the phase table of {path / 'config.json'} is not readable ({e!r}); use another checkpoint") from None
     return rows
 
@@ -395,11 +398,12 @@ def save_checkpoint(out, step, ranks, model, optimizer, record, state, tokenizer
     leaves everything before as it was.
     """
     final, temporary = out / f"step-{step:05d}", out / f".tmp-step-{step:05d}"
-    with ranks.together():
-        if ranks.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "optim").mkdir(parents=True)
     try:
+        with ranks.together():
+            if ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()                           # not its parents: a run whose folder is gone shall not go on in a part of it
+                (temporary / "optim").mkdir()
         with ranks.together():
             digests = write_files(temporary, step, ranks, model, optimizer, record, state, tokenizer)
     except (OSError, ValueError) as e:                      # on rank 0
@@ -432,7 +436,7 @@ def write_files(folder, step, ranks, model, optimizer, record, state, tokenizer)
             sync(folder / name)
         return {name: sha256_of(folder / name) for name in written}
     except RuntimeError as e:                               # what torch.save raises when the disk is full
-        raise OSError(str(e).splitlines()[0]) from None
+        raise OSError(f"no space is left, by what torch.save says: {str(e).splitlines()[0]}") from None
 
 
 def write_manifest(path, files):
@@ -459,7 +463,7 @@ def place_seed(parent, files, out, step):
     for name in [*files, "manifest.json"]:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(parent / name, temporary / name)
+            os.link(os.path.realpath(parent / name), temporary / name)      # not a symbolic link itself, as caches have them
         except OSError:                                     # another file system
             shutil.copyfile(parent / name, temporary / name)
             sync(temporary / name)
@@ -504,7 +508,7 @@ def restore(path, model, optimizer, with_optimizer):
     model.load_state_dict(weights)
     if not with_optimizer:
         return
-    files, optimizer_state = sorted((path / "optim").glob("rank-*.pt")), {}
+    files, optimizer_state = [path / name for name in read_json(path / "manifest.json")["files"] if name.startswith("optim/")], {}
     if not files:
         raise ValueError(f"{path} holds no optimizer state (see --keep-optim); use another step, or --continue-from it with --reset-optimizer")
     for file in files:
@@ -596,9 +600,11 @@ def main(argv=None):
         if main_rank:
             try:
                 print(text, flush=True)
-            except BrokenPipeError:                                         # who read our output left: save and end, as on a signal
+            except OSError as e:                                            # who read our output left: save and end, as on a signal
                 discard_stdout()
                 stop.append(signal.SIGPIPE)
+                if not isinstance(e, BrokenPipeError):
+                    print(f"train.py: standard output cannot be written ({e}): saving and ending", file=sys.stderr)
 
     def on_signal(number, frame):
         stop.append(number)
@@ -666,8 +672,11 @@ def main(argv=None):
                 seed_files = verify_checkpoint(parent)
                 if "optim/rank-00000.pt" not in seed_files and not config.reset_optimizer:
                     raise ValueError(f"{parent} holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer")
-            out.mkdir(parents=True, exist_ok=True)
-            locked = lock(out)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                locked = lock(out)
+            except OSError as e:
+                raise ValueError(f"--out {out} is no folder that can be written to ({e}); choose another") from None
             for leftover in out.glob(".tmp-step-*"):
                 shutil.rmtree(leftover)
             if config.continue_from and not checkpoint_steps(out):
@@ -698,14 +707,27 @@ def main(argv=None):
         model.compile_regions()
 
     # log
-    if main_rank:
-        write_json(out / "config.json", record)
-        log_file, validated = open_log(out / "log.jsonl", step)
-    validated = ranks.gather(validated if main_rank else None)[0]
+    log_file, validated, trouble = None, None, []                           # trouble: what kept the log from being written
+    with ranks.together():
+        if main_rank:
+            write_json(out / "config.json", record)
+            log_file, validated = open_log(out / "log.jsonl", step)
+    validated = ranks.gather(validated)[0]
 
     def log(**entry):
-        if main_rank:
-            log_file.write(json.dumps(entry) + "\n")
+        if main_rank and not trouble:
+            try:
+                log_file.write(json.dumps(entry) + "\n")
+            except OSError as e:                                            # told at the next place where all ranks can end together
+                with suppress(OSError):
+                    log_file.close()
+                trouble.append(f"{out / 'log.jsonl'} could not be written ({e}); the checkpoints are whole: free disk space, then --resume {out}")
+
+    def check_log(of_ranks):
+        """Raise OSError where a rank, of whom these are the lists of trouble, could not write the log."""
+        with ranks.alike():
+            for messages in filter(None, of_ranks):
+                raise OSError(messages[0])
 
     header = {"config": record["train"], "phases": rows, "commit": git_commit(), "torch": torch.__version__, "world_size": ranks.world_size,
               "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu x {torch.get_num_threads()}",
@@ -746,8 +768,10 @@ def main(argv=None):
             if step % CHECK_RANKS_EVERY == 0 or save_due or stopping:
                 check_ranks(ranks, model, step)
             if (save_due or stopping) and step != saved:
-                if main_rank:
-                    os.fsync(log_file.fileno())                             # a log is as long as its checkpoints say
+                check_log(ranks.gather(trouble))
+                with ranks.together():
+                    if main_rank:
+                        os.fsync(log_file.fileno())                         # a log is as long as its checkpoints say
                 say(f"saved {save_checkpoint(out, step, ranks, model, optimizer, record, {**state, 'step': step}, tokenizer)}")
                 saved = step
                 with ranks.together():
@@ -768,11 +792,12 @@ def main(argv=None):
                     if last_micro:
                         norms[k] = get_total_norm([optimizer.params[name].grad for name in names_of_stage[k]], math.inf)
                         optimizer.start_reduce(names_of_stage[k])           # travels while the next stage runs
-            mine = losses.tolist(), norms.tolist(), bool(stop)              # the losses' one host sync of a step
+            mine = losses.tolist(), norms.tolist(), bool(stop), trouble     # the losses' one host sync of a step
             fwdbwd = time.time() - start
             gathered = ranks.gather(mine)
             with ranks.alike():
                 check_finite(step, gathered, saved)
+            check_log(values[3] for values in gathered)
             losses = [sum(of_ranks) for of_ranks in zip(*(values[0] for values in gathered))]
             stopping = any(values[2] for values in gathered)
             phase = phases[-1]

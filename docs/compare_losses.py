@@ -19,14 +19,19 @@ class NoFlags:
 
 
 def read_log(path):
-    """(header, lines of steps, last full validation bpb by head) of a run folder or of a copy of its log.jsonl."""
+    """(what its header says, lines of steps, last full validation bpb by head) of a run folder or of a copy of its log.jsonl."""
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = [{key: line[key] for key in ("step", "losses", "train_loss", "dt", "fwdbwd")} for line in lines if line["kind"] == "step"]
-        bpb = [line["bpb"] for line in lines if line["kind"] == "val"][-1]
-        return {key: lines[0][key] for key in ("config", "device", "world_size")}, steps, {"single": bpb["single"], "full": bpb["full"]}
-    except (ValueError, KeyError, TypeError, IndexError):
+        header, config, bpb = lines[0], lines[0]["config"], [line["bpb"] for line in lines if line["kind"] == "val"][-1]
+        steps = [{"step": int(line["step"]), "losses": [*map(float, line["losses"])], **{key: float(line[key]) for key in ("train_loss", "dt", "fwdbwd")}}
+                 for line in lines if line["kind"] == "step"]
+        sizes = {key: int(config[key]) for key in ("total_batch_tokens", "device_batch_size", "sequence_len")} | {"world_size": int(header["world_size"])}
+        if min([*sizes.values(), *(line["dt"] for line in steps)]) <= 0 or not bpb["single"]:
+            raise ValueError
+        return (sizes | {"objective": str(config["objective"]), "device": str(header["device"])}, steps,
+                {"single": [*map(float, bpb["single"])], "full": float(bpb["full"])})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path} is not the log.jsonl of a run of train.py that has validated; give run folders or their logs") from None
 
 

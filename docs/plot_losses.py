@@ -16,7 +16,7 @@ def main(argv=None):
     given = parse_flags(NoFlags, __doc__, argv, positionals=[("picture", None, "the .png to write"), ("runs", "+", "run folders, or copies of their log.jsonl")])
     figure, (left, right) = pyplot(given["picture"]).subplots(1, 2, figsize=(9, 3.6), width_ratios=[3, 2], layout="constrained")
     for number, (header, steps, final) in enumerate(map(read_log, given["runs"])):
-        name, style, smooth = header["config"]["objective"], ("-", "--", ":", "-.")[number % 4], []
+        name, style, smooth = header["objective"], ("-", "--", ":", "-.")[number % 4], []
         for line in steps:                                      # exponential average over about 10 steps
             smooth.append(line["losses"] if not smooth else [0.9 * a + 0.1 * b for a, b in zip(smooth[-1], line["losses"])])
         K, first = len(final["single"]), int(0.3 * len(steps))      # the steep beginning would flatten the rest

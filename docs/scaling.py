@@ -28,9 +28,9 @@ def read_times(path):
     header, steps, _ = read_log(path)
     if len(steps) < SKIPPED + 5:
         raise ValueError(f"{path} has {len(steps)} steps; take {SKIPPED + 5} or more, of which the first {SKIPPED} do not count")
-    config, ranks = header["config"], header["world_size"]
-    alike = f"{config['total_batch_tokens'] // ranks:,} tokens a step and rank in micro-batches of {config['device_batch_size']} x {config['sequence_len']}"
-    return ranks, f"{alike} on {header['device']}", config["total_batch_tokens"], *(median(line[key] for line in steps[SKIPPED:]) for key in ("dt", "fwdbwd"))
+    ranks, tokens = header["world_size"], header["total_batch_tokens"]
+    alike = f"{tokens // ranks:,} tokens a step and rank in micro-batches of {header['device_batch_size']} x {header['sequence_len']} on {header['device']}"
+    return ranks, alike, tokens, *(median(line[key] for line in steps[SKIPPED:]) for key in ("dt", "fwdbwd"))
 
 
 def main(argv=None):

@@ -304,6 +304,13 @@ def test_bad_input_is_told_once_and_by_rank_0(argv, message, data, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_log_that_rank_0_cannot_write_ends_all_and_is_told_once(data, tmp_path):
+    def full(rank):
+        train.open_log = lambda *args: (open("/dev/full", "a", buffering=1), set())
+    codes, output = run_ranks(2, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, full)
+    assert codes == [2, 2] and output[0].count("log.jsonl could not be written") == 1 and not output[1], output
+
+
 def test_a_disk_that_is_full_for_one_rank_keeps_the_checkpoint_before(data, tmp_path):
     def full(rank):
         save = torch.save

@@ -226,7 +226,7 @@ def test_exposed_communication_is_what_a_step_takes_beyond_one_gpus_work(tmp_pat
     import scaling
 
     def log(name, world, dt, fwdbwd, tokens=65536, n=12, device="H200"):
-        config = {"total_batch_tokens": tokens * world, "device_batch_size": 8, "sequence_len": 2048}
+        config = {"total_batch_tokens": tokens * world, "device_batch_size": 8, "sequence_len": 2048, "objective": "poe"}
         lines = [{"kind": "header", "config": config, "device": device, "world_size": world},
                  {"kind": "val", "bpb": {"single": [1.0], "full": 1.0}}]
         slow = {0: 9.0, 6: 3.0}                                 # compilation, and one odd step
@@ -243,6 +243,7 @@ def test_exposed_communication_is_what_a_step_takes_beyond_one_gpus_work(tmp_pat
     assert "four ran on 4 ranks; give a run on one first" in refused(scaling.main, four, one)
     assert "other ran with 32,768 tokens a step and rank" in refused(scaling.main, one, log("other", 2, 1.9, 1.8, 32768))
     assert "on H100" in refused(scaling.main, one, log("other", 2, 1.9, 1.8, device="H100"))
+    assert "not the log.jsonl of a run" in refused(scaling.main, log("odd", 1, 0.0, 1.0)) and "not the log.jsonl" in refused(scaling.main, log("odd", 0, 2.0, 1.0))
     assert "short has 9 steps" in refused(scaling.main, one, log("short", 2, 1.9, 1.8, n=9))
 
 
@@ -706,6 +707,51 @@ def test_damaged_checkpoints_beyond_the_resumed_one_do_not_cost_new_ones_their_o
     assert (run / "step-00008" / "optim").is_dir() and (run / "step-00010" / "optim").is_dir()
     train.main(["--resume", str(run)])
     assert f"resuming {run / 'step-00010'}" in capsys.readouterr().out
+
+
+def test_a_log_on_a_full_disk_and_a_full_standard_output_end_the_run_in_one_line(data, tmp_path, monkeypatch, refused, capsys):
+    argv = [*SMALL, "--data", str(data)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "open_log", lambda *args: (open("/dev/full", "a", buffering=1), set()))
+        line = refused(train.main, *argv, "--out", tmp_path / "a")
+    assert f"{tmp_path / 'a' / 'log.jsonl'} could not be written ([Errno 28]" in line and f"free disk space, then --resume {tmp_path / 'a'}" in line
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        train.main([*argv, "--out", str(tmp_path / "b")])
+    assert checkpoint_steps(tmp_path / "b") and "standard output cannot be written" in capsys.readouterr().err
+
+
+def test_a_run_whose_folder_is_gone_ends_instead_of_going_on_in_a_part_of_it(data, tmp_path, monkeypatch, refused):
+    step = MuonAdamW.step
+    monkeypatch.setattr(MuonAdamW, "step", lambda self: (step(self), shutil.rmtree(tmp_path / "run", ignore_errors=True)))
+    assert "step-00003 could not be written" in refused(train.main, *SMALL, "--data", data, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_of_symbolic_links_is_placed_as_files_and_a_stray_optimizer_file_is_not_read(trained, tmp_path):
+    parent = tmp_path / "snapshot" / "step-00006"
+    shutil.copytree(trained / "step-00006", parent)
+    (parent / "model.pt").rename(tmp_path / "blob")
+    (parent / "model.pt").symlink_to("../../blob")
+    shutil.copy(trained / "step-00003" / "optim" / "rank-00000.pt", parent / "optim" / "rank-00001.pt")          # the manifest does not name it
+    for name, seed in (("a", trained / "step-00006"), ("b", parent)):
+        train.main(["--continue-from", str(seed), "--out", str(tmp_path / name), *CONTINUAL])
+    assert not (tmp_path / "b" / "step-00006" / "model.pt").is_symlink()
+    assert same(weights(tmp_path / "a" / "step-00014"), weights(tmp_path / "b" / "step-00014"))
+
+
+@pytest.mark.parametrize("what, value", [("dtype", "x"), ("objective", 5), ("total_batch_tokens", 2 ** 70), ("phases", [])])
+def test_hand_edited_configs_of_a_run_get_one_line(what, value, trained, tmp_path, refused):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    record = json.loads((run / "config.json").read_text())
+    (record if what == "phases" else record["train"])[what] = value
+    (run / "config.json").write_text(json.dumps(record))
+    assert "config.json" in refused(train.main, "--resume", run)
+    record = json.loads((trained / "config.json").read_text())
+    record["phases"][0]["anchor_sample"] = 1000
+    (run / "config.json").write_text(json.dumps(record))
+    assert "the first phase begins at step 0 and sample 0" in refused(train.main, "--resume", run)
 
 
 def test_a_machine_without_git_trains(data, tmp_path, monkeypatch):
