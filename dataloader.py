@@ -359,7 +359,7 @@ def open_data(path="", vocab_size=None):
     tokenizer = Tokenizer.load(folder)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(f"{folder} was tokenised with {tokenizer.vocab_size} ids, the model has vocab_size {vocab_size}: "
-                         f"use --vocab-size {tokenizer.vocab_size} or other data")
+                         f"use --vocab-size {tokenizer.vocab_size}, or tokenise with data/prepare.py tokenize --vocab-size {vocab_size}")
     if not sources:
         raise ValueError(f"{folder / 'manifest.json'} names no sources; run data/prepare.py tokenize again")
     content = [(s["name"], s["weight"], [f.get("sha256", f["file"]) for split in ("train", "val") for f in s[split]]) for s in manifest["sources"]]

@@ -975,7 +975,7 @@ def report(name, rows, phases, record, reading):
              f"`python evaluate.py`{measured_on}",
              f"Below a table: the change of each figure against the previous row / against {seed}; then its reading, in which envelopes, records, rises "
              f"and drops are of the rows after the phase's warmup. " + (
-                 "≈ marks a change within two standard errors: noise. Those of bpb are paired by document." if reading["noise_known"] else
+                 "≈ marks a change within two standard errors: noise. Those of bpb are paired by document; end-to-end speedups are timings and have none." if reading["noise_known"] else
                  "No standard error is given in these measurements, so none of the changes can be told from noise."),
              "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",
              "## Schedule", schedule_table(phases, record) if phases else "No phase table was found.", "## Branches",
@@ -1075,7 +1075,8 @@ def compare(names, runs, records):
             return "—"
         scale = 100 / abs(get(b, column.path))
         return f"{scale * delta:+.2f} %" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
-    lines = [f"# {names[0]} (A) against {names[1]} (B)"]
+    left_out = sum(map(len, by_step)) - 2 * len(pairs)
+    lines = [f"# {names[0]} (A) against {names[1]} (B)"] + [f"At the steps that both have; {left_out} others are left out."] * (left_out > 0)
     for table in make_tables(widest):
         columns, cells = [c for c in table.columns if c.path[0] != "phase"], []
         for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():

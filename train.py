@@ -112,7 +112,7 @@ class TrainConfig:
     mlp_hidden: int = flag(None, "channels inside the MLP (default: preset)")
     stage_layers: str = flag(None, "layers per stage, such as 16,6,5,5; they sum to n_layer (default: preset)")
     sequence_len: int = flag(None, "context, tokens (default: preset)")
-    vocab_size: int = flag(None, "token ids, bos included; fewer than the tokenizer has take its first merges (default: preset)")
+    vocab_size: int = flag(None, "token ids, bos included; with --data those of its shards, else up to 32768: the first merges of the embedded tokenizer (default: preset)")
     # optimizer
     total_batch_tokens: int = flag(None, "tokens per optimizer step, over all micro-batches and ranks (default: preset)")
     device_batch_size: int = flag(None, "sequences per micro-batch of a rank; lower it when memory runs out (default: preset)")
@@ -362,7 +362,7 @@ def dry_run(config, rows, world_size):
     print(f"FLOPs per token: {flops / 1e9:.2f} G (forward + backward, causal attention not halved)")
     tokens = config.num_steps * config.total_batch_tokens
     print(f"steps: {config.num_steps:,} x {config.total_batch_tokens:,} tokens = {tokens:,} tokens, "
-          f"{config.n_micro} micro-batches of {config.device_batch_size} x {model_config.sequence_len} a step, on {world_size} ranks")
+          f"{config.n_micro} micro-batches of {config.device_batch_size} x {model_config.sequence_len} a step, on {world_size} rank{'s' * (world_size > 1)}")
     print("phase anchor  steps warmup  peak warmdown  final")
     for number, phase in enumerate(phases, 1):
         print(f"{number:>5} {phase.anchor:>6} {phase.num_steps:>6} {phase.warmup_steps:>6} {phase.peak_lrm:>5} {phase.warmdown_steps:>8} "
@@ -699,7 +699,7 @@ def main(argv=None):
         with ranks.alike():
             if step > phases[-1].end:
                 raise ValueError(f"{checkpoint} is past the run's end, step {phases[-1].end}; raise --num-steps")
-        say(f"{'resuming' if config.resume else 'continuing from'} {checkpoint or 'step 0: no checkpoint yet'}")
+        say(f"continuing from {config.continue_from}" if not config.resume else f"resuming {checkpoint or 'step 0: no checkpoint yet'}")
         if len(rows) > 1 and rows[-1]["anchor_step"] < phases[-2].end:
             say(f"phase {len(rows) - 1} was to end at step {phases[-2].end}; phase {len(rows)} begins at step {rows[-1]['anchor_step']}")
     model.cast_weights()

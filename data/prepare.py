@@ -65,13 +65,13 @@ class Config:
     # download
     max_bytes: int = flag(-1, "bytes a source, as downloaded: whole files are taken until there are so many; -1: all")
     # tokenizer and tokenize
-    out: str = flag("", "folder to write")
+    out: str = flag("", "folder to write; it must be given")
     val_fraction: float = flag(0.005, "share of the documents held out for validation, by a hash of their text; 0.03 suits a few hundred MB")
     vocab_size: int = flag(-1, "ids, <|bos|> included; -1: 32768 for a new tokenizer, all of an old one (otherwise its first so many)")
     tokenizer: str = flag("", "folder of the tokenizer to use; empty: the one beside this script")
     workers: int = flag(-1, "worker processes; -1: one a core; 0: none, encode in this process")
     # inspect
-    data: str = flag("", "folder of token shards")
+    data: str = flag("", "folder of token shards; it must be given")
     verify: bool = flag(False, "compare the sha256 of every shard with the manifest")
 
 
@@ -367,6 +367,10 @@ def tokenize(config):
         if (out / "tokenizer.txt").exists() and (other := Tokenizer.load(out).sha256) != tokenizer.sha256:
             raise ValueError(f"{out} is of another tokenizer (sha256 {other[:12]}..., this one is {tokenizer.sha256[:12]}...); "
                              f"name another --out, or delete the folder")
+        made = {file.name.removesuffix(".source.json") for file in out.glob("*.source.json")}
+        if lost := made - {source["name"] for source, _ in plan}:
+            raise ValueError(f"{out} holds {', '.join(sorted(lost))} too, which its manifest would lose; take these sources along (--only, --mix), name "
+                             f"another --out, or delete {', '.join(f'{name}.source.json' for name in sorted(lost))} there first")
         for name, content in tokenizer.files().items():
             write_whole(out / name, content)
         spawn = multiprocessing.get_context("spawn")
@@ -423,7 +427,7 @@ def inspect(config):
     seen = np.bincount(mix.locate(np.arange(n))[0], minlength=len(sources)) / n
     for source, share in zip(sources, seen):
         train, tokens = source["train"], total(source["train"], "tokens")
-        print(f"source:{source['name']} train_tokens:{tokens} val_tokens:{total(source['val'], 'tokens')} documents:{total(train, 'documents')}",
+        print(f"source:{source['name']} train_tokens:{tokens} val_tokens:{total(source['val'], 'tokens')} train_documents:{total(train, 'documents')}",
               f"bytes_per_token:{total(train, 'bytes') / max(1, tokens):.2f}",
               f"asked:{100 * source['weight'] / weights:.2f}% realised:{100 * share:.2f}%")
     print(f"realised: of the first {n:,} samples of {T} tokens. Before any window comes twice: {mix.n_in_first_epoch() * T:,} tokens")

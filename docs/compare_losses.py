@@ -56,6 +56,8 @@ def main(argv=None):
     (first, (reference, _)), n = next(iter(runs.items())), min(len(losses) for losses, _ in runs.values())
     if not n:
         raise ValueError(f"a run of {', '.join(runs)} has no steps; train it first")
+    if {len(losses) for losses, _ in runs.values()} != {n}:
+        print(f"losses are compared over the first {n} steps, which all have; validations are each run's last\n")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     print(f"| run | validation bpb, full | training loss, mean of the last 20 steps | largest difference from {first} at a step | mean difference | its standard deviation |")
     print("| --- |" + " ---: |" * 5)

@@ -39,11 +39,12 @@ def main(argv=None):
     first, (one, setting, _, step_of_one, fwdbwd_of_one) = next(iter(runs.items()))
     if one != 1:
         raise ValueError(f"{first} ran on {one} ranks; give a run on one first, which the others are held against")
+    for name, (_, alike, *_) in runs.items():
+        if alike != setting:
+            raise ValueError(f"{name} ran with {alike}, {first} with {setting}: give runs alike (on a CPU with one OMP_NUM_THREADS)")
     print(f"{setting}\n\n| GPUs | step | forward + backward | the rest: optimizer | tokens/s | tokens/s per GPU, of one alone's | exposed communication |")
     print("| ---: |" + " ---: |" * 6)
-    for name, (ranks, alike, tokens, step, fwdbwd) in runs.items():
-        if alike != setting:
-            raise ValueError(f"{name} ran with {alike}, {first} with {setting}: give runs alike")
+    for ranks, _, tokens, step, fwdbwd in runs.values():
         exposed = (step - fwdbwd_of_one - (step_of_one - fwdbwd_of_one) / ranks) / step
         print(f"| {ranks} | {step:.3f} s | {fwdbwd:.3f} s | {step - fwdbwd:.3f} s | {tokens / step:,.0f} | {step_of_one / step:.1%} "
               f"| {'' if ranks == 1 else f'{exposed:.1%}'} |")
