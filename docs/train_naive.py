@@ -20,7 +20,7 @@ def backward_by_stage(self, idx, targets, scale, last=True):
     yield from enumerate(bench.trial_step(self, [(idx, targets)], scale, merged=False, chunked=False, per_stage=False))
 
 
-def main():
+def main(argv=None):
     model_config = train.TrainConfig.model_config
 
     def checked(self):
@@ -29,7 +29,7 @@ def main():
             raise ValueError(f"the naive step is of --objective poe with several stages, not of {config.objective} with {config.n_stage}; use train.py")
         return config
     train.TrainConfig.model_config, PoE.backward_by_stage, PoE.cast_weights = checked, backward_by_stage, lambda self: None
-    train.main()
+    train.main(argv)
 
 
 if __name__ == "__main__":
