@@ -284,7 +284,8 @@ def loader_rate(mix, rows, n=64):
 def bench_training(config):
     """Forward + backward of each variant interleaved, then optimizers, then the largest micro-batches: a JSON-ready dict.
 
-    activation_bytes: the most that a step allocates above what it finds: weights, gradients, kept casts. A variant that casts in each pass
+    activation_bytes: the most that a step allocates above what it finds: weights, gradients, kept casts (None for a step of one micro-batch,
+    which makes its gradients while its activations go). A variant that casts in each pass
     keeps those casts for its backward, so there they count. peak_bytes: of all that is on the device, other variants' weights too.
     MFU is of an H100's or H200's nominal bfloat16 rate; None elsewhere.
     """
@@ -342,7 +343,8 @@ def bench_training(config):
             (drop_casts if name in ("naive", "cast-each-pass") else PoE.cast_weights)(m)
         step(m, data, 1 / config.total_batch_tokens, **switches)
         seconds = clock(device) - start
-        return seconds, *((torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated()) if on_cuda else (None, None))
+        peak = torch.cuda.max_memory_allocated() if on_cuda else None
+        return seconds, peak - before if on_cuda and len(data) > 1 else None, peak
     rows, data = {label: SimpleNamespace(times=[]) for label in labels}, {size: batches(size, config.total_batch_tokens) for _, size in labels.values()}
     for number in range(config.bench_repeats + 1):
         for label, (_, size) in list(labels.items()):
@@ -381,16 +383,15 @@ def bench_training(config):
             row.optimizer_seconds = statistics.median(times[2:])            # the first ones compile and make the state
         if config.largest and on_cuda:                                      # beside weights, gradients and the optimizer's state, as in training
             clear()
-            free = torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated() - sum(4 * p.numel() for p in m.parameters())
-            label, row = next(iter(of_name.items()))
-
             if name == "bp":                                                # what poe alone needs takes no room from it
                 model.merged_heads, model.lm_head_stages = None, torch.nn.ModuleList()
+            free = torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated() - sum(4 * p.numel() for p in m.parameters())
+            label, row = next(iter(of_name.items()))
 
             def one_step(n):
                 torch.compiler.reset()                                      # a new size compiles anew
                 measure(label, batches(n, 2 * n * shape.sequence_len))      # the second micro-batch runs beside all gradients of the first
-            row.largest = largest_batch(one_step, clear, int(labels[label][1] * free / row.activation_bytes))
+            row.largest = largest_batch(one_step, clear, int(labels[label][1] * free / (row.activation_bytes or free)))
         del optimizer
     clear()
     ceiling, tokens, out = matmul_rate(device, dtype), config.total_batch_tokens, []
@@ -483,7 +484,8 @@ def bench(model, prompts, config, plans):
     """Measure plans side by side, a JSON-ready dict. Greedy, one row at a time; a round is every plan over every prompt; the first warms up.
 
     speedup: the median over rounds of the time of "full" over this one's. bytes_per_token: weights and cache that the passes read.
-    "full, no graphs" is the first prompt's first 64 tokens, once. identical: the very tokens of "full". agreement: share of tokens that the full product would have chosen after the same text.
+    identical: the very tokens of "full". agreement: share of tokens that the full product would have chosen after the same text.
+    "full, no graphs" is the first prompt's first 64 tokens, once.
     """
     device, on_cuda = model.cos.device, model.cos.device.type == "cuda"
     kernels = on_cuda and kernels_fit(model)

@@ -25,6 +25,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,8 +277,8 @@ def fit_threshold(score, cost, cap):
 def calibrate(columns, blocks, cap):
     """Fit everything adaptive on the calibration positions: a dict of float64 arrays. columns: float64 (n, w) by `token_statistics`' names.
 
-    bounds (K - 1,): p99 of each range, exact: an observed value; bounds_stderr: half the distance of the order statistics to either side
-    whose ranks differ from its by the standard error of the share above it (`ratio`, over blocks (n,) of documents). remaining: what the stages not yet run may still move, the sum of their bounds. margins (K - 1,):
+    bounds (K - 1,): p99 of each range, exact: an observed value. bounds_stderr: half the distance between the observed values whose ranks lie
+    one standard error above and below the bound's, that of the share of positions above it, by blocks (n,) of documents. remaining: what the stages not yet run may still move, the sum of their bounds. margins (K - 1,):
     `fit_threshold` of the positions that have not left earlier, on disagreement, so that violations stay within MARGIN_CAP in sum too.
     tau (1,): routing. levels (20,): s0's confidence at CURVE_SHARES.
     """
@@ -622,9 +623,11 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
             if not math.isfinite(measured["bpb"]["full"]):
                 raise ValueError(f"the log-probabilities of {path} are not finite: its weights are damaged; use another step")
             samples = facts = drafted = speeds = None
-            if config.samples and ranks.rank == 0:
-                samples, facts = probe(model, part.tokenizer)
-                drafted, speeds = speculation(model, part, settings["speculative_prompts"], on_cuda and config.compile is not False and kernels_fit(model))
+            with ranks.agree():
+                if config.samples and ranks.rank == 0:
+                    fast = on_cuda and config.compile is not False and kernels_fit(model)
+                    samples, facts = probe(model, part.tokenizer)
+                    drafted, speeds = speculation(model, part, settings["speculative_prompts"], fast)
     with ranks.agree():
         if not done and ranks.rank == 0:
             old = {"format": FORMAT, "settings": {**settings, "weights_sha256": weights}, "step": record["step"],
@@ -1159,9 +1162,7 @@ def report_run(run, rows):
     except OSError as e:
         print(f"TRAJECTORY.md and trajectory.png are not written, only printed: {e}", file=sys.stderr)
         return text, reading
-    temporary = run / ".TRAJECTORY.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, run / "TRAJECTORY.md")
+    write_whole(run / "TRAJECTORY.md", text.encode())
     return text, reading
 
 
@@ -1169,11 +1170,11 @@ def tables_of(rows):
     """The tables of single checkpoints, {path: row}, as text: one set for those with as many stages on the same text."""
     groups, several = {}, len({path.parent for path in rows}) > 1
     for path, row in rows.items():
-        groups.setdefault((len(row["bpb"]["single"]), get(row, ("settings", "slice_sha256"))), {})[id(row)] = path
+        groups.setdefault((len(row["bpb"]["single"]), get(row, ("settings", "slice_sha256"))), []).append((path, row))
     tables = []
-    for paths in groups.values():
-        of_group = [row for row in rows.values() if id(row) in paths]
-        tables += [f"### {table.title}\n\n" + value_table(table, of_group, lambda row: f" of {paths[id(row)].parent}" if several else "")
+    for pairs in groups.values():
+        of_group, place = [row for _, row in pairs], {id(row): f" of {path.parent}" * several for path, row in pairs}
+        tables += [f"### {table.title}\n\n" + value_table(table, of_group, lambda row: place[id(row)])
                    for table in make_tables(of_group) if has_values(table, of_group)]
     return "\n\n".join(tables)
 
@@ -1184,7 +1185,9 @@ def named(what):
     try:
         yield
     except (KeyError, TypeError, IndexError, AttributeError) as e:
-        raise ValueError(f"metrics.json or timings.json of {what} holds something that no report can be made of ({e!r}); delete it and measure again") from e
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        raise ValueError(f"no report can be made of metrics.json or timings.json of {what} ({e!r} at {Path(place.filename).name}:{place.lineno}): where "
+                         f"something else wrote or changed them, move them away and measure again; else this is a bug of evaluate.py") from e
     except ValueError as e:
         raise ValueError(f"{what}: {e}" if what not in str(e) else str(e)) from e
 
@@ -1215,7 +1218,7 @@ def evaluate(given, paths, ranks):
         rows, failed = gather_rows(singles, config, ranks, slices)
         failures += failed
         with ranks.together(), named(", ".join(map(str, rows))):
-            if ranks.rank == 0 and not config.json:
+            if rows and ranks.rank == 0 and not config.json:
                 print(tables_of(rows))
     with ranks.together(), named(" and ".join(name for name, _, _ in measured)):
         if len(runs) == 2 and len(measured) == 2 and not config.json:

@@ -95,7 +95,7 @@ class Ranks:
         self.heard = {}         # rank -> (its last beat, when it came)
         self._beat("0")
         self.gather(None)
-        self.closed = threading.Event()
+        self.closed, self.left = threading.Event(), threading.Event()       # no longer watching; no longer using the store
         self.watcher, self.watched = threading.Thread(target=self._watch, daemon=True), time.monotonic()
         self.watcher.start()
         threading.Thread(target=self._watch_store, daemon=True).start()
@@ -167,6 +167,8 @@ class Ranks:
             error = e
         errors = self.gather(error and str(error))
         failed = [rank for rank, message in enumerate(errors) if message is not None]
+        if isinstance(error, BrokenPipeError):
+            raise error                                                     # this rank's own reader left: `run` ends it quietly
         if failed:
             raise ValueError(errors[failed[0]] + (f" ({self.names[failed[0]]})" if len(failed) < self.world_size else "")) from error
 
@@ -202,15 +204,14 @@ class Ranks:
         return {rank: time.monotonic() - when for rank, (_, when) in self.heard.items()}
 
     def _end(self, who, why):
-        if not self.closed.is_set():
-            print(f"{os.path.basename(sys.argv[0])}: error: {who} {why}; this rank ends too "
-                  f"(--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
-            os._exit(1)
+        print(f"{os.path.basename(sys.argv[0])}: error: {who} {why}; this rank ends too "
+              f"(--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _watch_store(self):
         """A store whose process is stopped or whose machine is cut off answers no call, and no call on it ever returns."""
         place = f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        while not self.closed.wait(BEAT):
+        while not self.left.wait(BEAT):
             if time.monotonic() - self.watched > SILENCE:
                 self._end(place, f"has not answered for {SILENCE:.0f} s")
 
@@ -223,7 +224,7 @@ class Ranks:
                 dead = [self.names[rank] for rank, silence in self._listen().items() if silence > SILENCE]
             except RuntimeError:
                 dead, why = [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"], "is gone, with its process or its machine"
-            if dead:
+            if dead and not self.closed.is_set():
                 self._end(", ".join(dead), why)
 
     def stop_watching(self):
@@ -237,6 +238,7 @@ class Ranks:
         silent, end = self._silences(), time.monotonic() + (5 if self.rank else 7) * BEAT
         with contextlib.suppress(RuntimeError):                             # the store is gone: what was heard until then must do
             while time.monotonic() < end:
+                self.watched = time.monotonic()
                 self._beat(str(time.monotonic()))
                 silent = self._listen()
                 time.sleep(BEAT / 2)
@@ -247,11 +249,13 @@ class Ranks:
         """Leave: the others no longer wait to hear of this rank. Who keeps the store waits some seconds for them to leave it."""
         if Ranks.current is self:
             self.stop_watching()
+            self.watched = time.monotonic()
             with contextlib.suppress(RuntimeError):                         # where rank 0 keeps the store, it may be gone already
                 self._beat("end")
                 end, ranks = time.monotonic() + 5 * BEAT, [str(r) for r in range(self.world_size)]
                 while self.keeps_store and {*self.store.multi_get(ranks)} != {b"end"} and time.monotonic() < end:
                     time.sleep(0.02)
+            self.left.set()
             self.distributed.destroy_process_group()
             Ranks.current = None
 

@@ -187,11 +187,6 @@ def resolve_config(given, restarted=False):
             raise ValueError(f"--{name.replace('_', '-')} is empty; name a {'run' if name == 'resume' else 'checkpoint'}, or leave it out to train anew")
     if resume and parent:
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
-    if restarted and not resume:                                            # torchrun started the same command again
-        out = given.get("out", f"runs/{given.get('preset', 'tiny')}")
-        recorded = get(read_object(Path(out) / "config.json"), ("train",)) or {}
-        if recorded and all(name == "out" or recorded.get(name) == value for name, value in given.items()):      # not a run that was there before
-            given, resume = {}, out
     if resume:
         out = Path(resume)
         if out.is_file():
@@ -231,6 +226,9 @@ def resolve_config(given, restarted=False):
         del shape["objective"]
         config = TrainConfig(**{**shape, **asdict(RECIPES[preset]), "out": f"runs/{preset}", **given})
         phases = [{"anchor_step": 0, "anchor_sample": 0}]
+    recorded = get(read_object(Path(config.out) / "config.json"), ("train",)) or {}
+    if restarted and {**recorded, "out": ""} == {**asdict(config), "resume": "", "out": ""}:      # torchrun started the same command again
+        return resolve_config({"resume": config.out})
     if any((Path(config.out) / name).exists() for name in ("config.json", "log.jsonl")) or checkpoint_steps(config.out):
         if not config.dry_run:
             raise ValueError(f"{config.out} already holds a run: go on with --resume {config.out}, or choose another --out")
@@ -792,7 +790,7 @@ def main(argv=None):
                     if last_micro:
                         norms[k] = get_total_norm([optimizer.params[name].grad for name in names_of_stage[k]], math.inf)
                         optimizer.start_reduce(names_of_stage[k])           # travels while the next stage runs
-            mine = losses.tolist(), norms.tolist(), bool(stop), trouble     # the losses' one host sync of a step
+            mine = losses.tolist(), norms.tolist(), bool(stop), trouble     # the one host sync of forward and backward
             fwdbwd = time.time() - start
             gathered = ranks.gather(mine)
             with ranks.alike():

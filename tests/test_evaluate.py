@@ -695,6 +695,19 @@ def test_two_ranks_share_the_slice_and_get_the_same_sums(evaluated, tmp_path):
         assert_equal(without(ours, "blocks"), without(alone, "blocks"), rel=1e-11)
 
 
+def test_a_failure_of_rank_0_alone_skips_the_checkpoint_on_all(evaluated, tmp_path):
+    from test_ranks import run_ranks
+    run = tmp_path / "run"
+    shutil.copytree(evaluated[0], run)
+
+    def spoil(rank):
+        evaluate.probe = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        read = evaluate.read_object
+        evaluate.read_object = lambda path: {} if rank == 0 and path.name == "metrics.json" else read(path)          # rank 0 has measured nothing yet
+    codes, output = run_ranks(2, [str(run), *ARGUMENTS, "--samples"], tmp_path, spoil, main=evaluate.main)
+    assert codes == [2, 2] and output[0].count("skipping") == 2 and "2 of 2 checkpoints could not be reported" in output[0] and not output[1], output
+
+
 def test_checkpoints_of_several_runs_are_told_apart(evaluated, tmp_path, capsys):
     for name in "ab":
         shutil.copytree(evaluated[0] / "step-00006", tmp_path / name / "step-00006")

@@ -699,6 +699,15 @@ def test_sources_are_chosen_and_replaced_by_name(tmp_path, small):
             prepare.tokenize(config)
 
 
+def test_sources_that_the_manifest_would_lose_are_named(tmp_path, small):
+    config = replace(setup(tmp_path, small, web__jsonl=lines(texts(5)), book__txt=b"A book."), val_fraction=0.0)
+    prepare.tokenize(config)
+    before = (Path(config.out) / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="book too, which its manifest would lose"):
+        prepare.tokenize(replace(config, only="web"))
+    assert (Path(config.out) / "manifest.json").read_bytes() == before
+
+
 def test_the_command_line_says_one_line_and_ends_with_2(tmp_path, small, monkeypatch, capsys):
     config = setup(tmp_path, small, web__jsonl=b"", code__jsonl=b"")
     known = ["tokenize", "--mix", config.mix, "--raw", config.raw, "--out", config.out]

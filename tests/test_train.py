@@ -686,7 +686,14 @@ def test_the_same_command_goes_on_when_torchrun_restarts_it(trained, data, tmp_p
 def test_a_restart_does_not_take_up_a_run_that_the_same_command_was_refused(trained, data, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    assert "already holds a run" in refused(train.main, *SMALL, "--data", data, "--out", trained, "--seed", "7")
+    for other in (["--seed", "7"], ["--eval-tokens", "304"]):
+        assert "already holds a run" in refused(train.main, *SMALL, "--data", data, "--out", trained, *other)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    record = json.loads((run / "config.json").read_text())
+    record["train"]["keep_optim"] = 5                           # what the command does not name must agree too
+    (run / "config.json").write_text(json.dumps(record))
+    assert "already holds a run" in refused(train.main, *SMALL, "--data", data, "--out", run)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
@@ -742,6 +749,12 @@ def test_a_seed_of_symbolic_links_is_placed_as_files_and_a_stray_optimizer_file_
         train.main(["--continue-from", str(seed), "--out", str(tmp_path / name), *CONTINUAL])
     assert not (tmp_path / "b" / "step-00006" / "model.pt").is_symlink()
     assert same(weights(tmp_path / "a" / "step-00014"), weights(tmp_path / "b" / "step-00014"))
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.copy(run / "step-00006" / "optim" / "rank-00000.pt", run / "step-00003" / "optim" / "rank-00001.pt")
+    shutil.rmtree(run / "step-00006")
+    train.main(["--resume", str(run)])
+    assert same(weights(run / "step-00006"), weights(trained / "step-00006"))
 
 
 @pytest.mark.parametrize("what, value", [("dtype", "x"), ("objective", 5), ("total_batch_tokens", 2 ** 70), ("phases", [])])
@@ -756,6 +769,24 @@ def test_hand_edited_configs_of_a_run_get_one_line(what, value, trained, tmp_pat
     record["phases"][0]["anchor_sample"] = 1000
     (run / "config.json").write_text(json.dumps(record))
     assert "the first phase begins at step 0 and sample 0" in refused(train.main, "--resume", run)
+
+
+def test_a_run_that_is_told_to_stop_saves_before_it_validates(data, trained, tmp_path, monkeypatch):
+    step, n = MuonAdamW.step, []
+
+    def interrupted(self):
+        step(self)
+        n.append(os.kill(os.getpid(), signal.SIGTERM) if len(n) == 0 else None)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(MuonAdamW, "step", interrupted)
+        train.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"), "--eval-every", "1"])
+    signal.signal(signal.SIGTERM, before)
+    stopped = int(checkpoint_steps(tmp_path / "run")[-1].name[5:])
+    assert stopped == 2 and [line["step"] for line in log_lines(tmp_path / "run", "val")] == [1]
+    train.main(["--resume", str(tmp_path / "run")])
+    assert [line["step"] for line in log_lines(tmp_path / "run", "val")] == [1, 2, 3, 4, 5, 6]
+    assert same(weights(tmp_path / "run" / "step-00006"), weights(trained / "step-00006"))
 
 
 def test_a_machine_without_git_trains(data, tmp_path, monkeypatch):
