@@ -1070,7 +1070,8 @@ def compare(names, runs, records):
         runs = [rows if rows is widest else [{**row, **{name: {"full": row[name]["full"]} for name in ("bpb", "accuracy")}} for row in rows]
                 for rows in runs]
     by_step = [{row["step"]: row for row in rows} for rows in runs]
-    pairs = [(by_step[0][s], by_step[1][s]) for s in sorted(by_step[0].keys() & by_step[1].keys())] or [(runs[0][-1], runs[1][-1])]
+    common = sorted(by_step[0].keys() & by_step[1].keys())
+    pairs = [(by_step[0][s], by_step[1][s]) for s in common] or [(runs[0][-1], runs[1][-1])]
 
     def gap(column, a, b):
         delta, stderr = change(column, a, b)
@@ -1079,7 +1080,8 @@ def compare(names, runs, records):
         scale = 100 / abs(get(b, column.path))
         return f"{scale * delta:+.2f} %" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
     left_out = sum(map(len, by_step)) - 2 * len(pairs)
-    lines = [f"# {names[0]} (A) against {names[1]} (B)"] + [f"At the steps that both have; {left_out} others are left out."] * (left_out > 0)
+    rows_are = f"the {'steps that both have' if common else 'last step of each: they have none in common'}"
+    lines = [f"# {names[0]} (A) against {names[1]} (B)"] + [f"Rows are {rows_are}. Checkpoints left out: {left_out}."] * (left_out > 0)
     for table in make_tables(widest):
         columns, cells = [c for c in table.columns if c.path[0] != "phase"], []
         for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():

@@ -569,6 +569,17 @@ def test_two_runs_stand_side_by_side_with_the_gap_in_percent(card, tmp_path, cap
     assert "| A `step-110000` | 110,000 | 0.720900 |" in out and "| B `step-110000` | 110,000 | 0.676800 | — | — | — | — |" in out
     assert "| gap |  | +6.52 % |" in out                            # the family's published gap
     assert (runs[0] / "TRAJECTORY.md").exists() and "One stage" in (runs[1] / "TRAJECTORY.md").read_text()
+    assert "left out" not in out
+    one = tmp_path / "one"
+    for step, common in (("step-110000", "the steps that both have. Checkpoints left out: 1."), ("step-110001", "the last step of each: they have none in common. Checkpoints left out: 1.")):
+        shutil.copytree(runs[1], one)
+        shutil.rmtree(one / "step-108000")
+        (one / "step-110000").rename(one / step)
+        metrics = json.loads((one / step / "metrics.json").read_text())
+        (one / step / "metrics.json").write_text(json.dumps({**metrics, "step": int(step[5:])}))
+        evaluate.main([str(runs[0]), str(one), "--no-measure"])
+        assert f"Rows are {common}" in capsys.readouterr().out
+        shutil.rmtree(one)
     (runs[1] / "config.json").write_text(json.dumps({**CARD_RECORD, "model": {"sequence_len": 2048, "vocab_size": 1024}}))
     line = refused(evaluate.main, *runs, "--no-measure")
     assert "32768 ids" in line and "1024 ids" in line and "one vocabulary" in line
