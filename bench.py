@@ -285,9 +285,9 @@ def bench_training(config):
     """Forward + backward of each variant interleaved, then optimizers, then the largest micro-batches: a JSON-ready dict.
 
     activation_bytes: the most that a step allocates above what it finds: weights, gradients, kept casts (None for a step of one micro-batch,
-    which makes its gradients while its activations go). A variant that casts in each pass
-    keeps those casts for its backward, so there they count. peak_bytes: of all that is on the device, other variants' weights too.
-    MFU is of an H100's or H200's nominal bfloat16 rate; None elsewhere.
+    which makes its gradients while its activations go). A variant that casts in each pass keeps those casts for its backward, so there they
+    count. peak_bytes: of all that is on the device, other variants' weights too. MFU is of an H100's or H200's nominal bfloat16 rate; None
+    elsewhere.
     """
     device, dtype = choose_device(config.device, config.dtype)
     if device.index is not None:

@@ -978,7 +978,8 @@ def report(name, rows, phases, record, reading):
              f"`python evaluate.py`{measured_on}",
              f"Below a table: the change of each figure against the previous row / against {seed}; then its reading, in which envelopes, records, rises "
              f"and drops are of the rows after the phase's warmup. " + (
-                 "≈ marks a change within two standard errors: noise. Those of bpb are paired by document; end-to-end speedups are timings and have none." if reading["noise_known"] else
+                 "≈ marks a change within two standard errors: noise. Those of bpb are paired by document; end-to-end speedups are timings and "
+                 "have none." if reading["noise_known"] else
                  "No standard error is given in these measurements, so none of the changes can be told from noise."),
              "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",
              "## Schedule", schedule_table(phases, record) if phases else "No phase table was found.", "## Branches",

@@ -209,14 +209,20 @@ class Ranks:
         os._exit(1)
 
     def _watch_store(self):
-        """A store whose process is stopped or whose machine is cut off answers no call, and no call on it ever returns."""
-        place = f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        """End this process where a call of the store does not return, as none does whose process is stopped or whose machine is cut off.
+
+        Silence is counted in this thread's own turns: where the whole process stood still, nothing is to be said of the store.
+        """
+        place, seen, turns = f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", None, 0
         while not self.left.wait(BEAT):
-            if time.monotonic() - self.watched > SILENCE:
+            turns, seen = turns + 1 if seen == self.watched else 0, self.watched
+            if turns * BEAT > SILENCE:
                 self._end(place, f"has not answered for {SILENCE:.0f} s")
 
     def _watch(self):
         while not self.closed.wait(BEAT):
+            if time.monotonic() - self.watched > SILENCE:                   # this process stood still itself: nobody was heard meanwhile
+                self.heard.clear()
             self.watched = time.monotonic()
             why = f"has not been heard of for {SILENCE:.0f} s: it died, or its machine is gone"
             try:

@@ -261,6 +261,25 @@ def test_a_silent_rank_ends_those_that_wait_for_it(silent, message, data, tmp_pa
     assert re.search(message, (tmp_path / f"{1 - silent}.out").read_text())
 
 
+def test_a_pause_of_all_ranks_ends_none(data, tmp_path):
+    """As of a virtual machine: nobody was heard for longer than the limit, and nobody is dead."""
+    def brief(rank):
+        flags.SILENCE = 1.5
+        step = MuonAdamW.step
+        MuonAdamW.step = lambda self: (step(self), time.sleep(0.1))
+    processes = start_ranks(2, [*TWENTY, "--data", data, "--out", tmp_path / "run"], tmp_path, brief)
+    end = time.time() + 40
+    while not checkpoint_steps(tmp_path / "run") and time.time() < end:
+        time.sleep(0.02)
+    for number, pause in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 0.0)):
+        for process in processes:
+            os.kill(process.pid, number)
+        time.sleep(pause)
+    for process in processes:
+        process.join(40)
+    assert [process.exitcode for process in processes] == [0, 0], [(tmp_path / f"{rank}.out").read_text() for rank in range(2)]
+
+
 def test_earlier_data_that_one_rank_cannot_read_and_a_damage_that_one_rank_finds_are_told_for_all(data, four_ranks, tmp_path):
     other, run = tmp_path / "other", tmp_path / "run"
     shutil.copytree(data, other)
