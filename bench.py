@@ -139,6 +139,17 @@ def drop_casts(model):
     model.merged_heads = None
 
 
+def fill_zeros(model, seed):
+    """Random values for the matrices of a model that begin as zeros (output projections, stages' heads), as its first steps of training give them.
+
+    A GPU at its power limit multiplies zeros faster: a step on initial weights is no step of training.
+    """
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for p in model.parameters():
+        if p.ndim == 2 and not p.any():
+            torch.nn.init.normal_(p, std=0.02, generator=generator)
+
+
 def backprop_twin(model):
     """The model trained by one loss at the top, around the same weights."""
     config = model.config
@@ -148,7 +159,7 @@ def backprop_twin(model):
     return twin
 
 
-def nanochat_model(folder, config, device, compile):
+def nanochat_model(folder, config, device, compile, seed):
     """(model, optimizer, FLOPs per token) of a nanochat checkout at this shape: full windows, n_kv_head and MLP width as ours, PyTorch's attention.
 
     Its smear, backout, value embeddings and scalars stay as they are; it casts its weights at every forward and holds all logits.
@@ -169,6 +180,7 @@ def nanochat_model(folder, config, device, compile):
             block.mlp.c_proj = gpt.Linear(config.mlp_hidden, config.n_embd, bias=False)
     model.to_empty(device=device)
     model.init_weights()
+    fill_zeros(model, seed)
     compiled = torch.compile(model, dynamic=False) if compile else model
     return compiled, model.setup_optimizer(), model.estimate_flops()
 
@@ -300,6 +312,7 @@ def bench_training(config):
     with torch.device(device):
         model = PoE(shape, dtype)
     model.init_weights(config.seed)
+    fill_zeros(model, config.seed)
     if compile:
         model.compile_regions()
         torch._dynamo.config.recompile_limit = 64                           # more variants of a block than training ever has
@@ -311,7 +324,7 @@ def bench_training(config):
     flops = {name: flops_per_token(m.config) for name, (m, _, _) in steps.items()}
     labels = config.labels()
     if "nanochat" in (name for name, _ in labels.values()):
-        nanochat, nanochat_optimizer, flops["nanochat"] = nanochat_model(os.environ["NANOCHAT_DIR"], shape, device, compile)
+        nanochat, nanochat_optimizer, flops["nanochat"] = nanochat_model(os.environ["NANOCHAT_DIR"], shape, device, compile, config.seed)
 
         def nanochat_step(m, batches, scale):
             for idx, targets in batches:
@@ -374,7 +387,7 @@ def bench_training(config):
         times = []
         for _ in range(config.bench_repeats + 2):
             for p in m.parameters():
-                p.grad = torch.full_like(p, 1e-3)
+                p.grad = torch.randn_like(p).mul_(1e-3)
             start = clock(device)
             optimizer.step()
             times.append(clock(device) - start)
@@ -552,12 +565,8 @@ def random_model(preset, device, dtype, seed):
     with torch.device(device):
         model = PoE(PRESETS[preset], dtype)
     model.init_weights(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    for block in model.blocks:                                              # zero at the start of training; not here
-        for linear in (block.attn.c_proj, block.mlp.c_proj):
-            torch.nn.init.normal_(linear.weight, std=0.02, generator=generator)
-    for head in (model.lm_head, *model.lm_head_stages):
-        torch.nn.init.normal_(head.weight, std=0.02, generator=generator)
+    torch.nn.init.zeros_(model.lm_head.weight)                              # begins so small that no id would stand out
+    fill_zeros(model, seed)
     return model.freeze_for_inference()
 
 

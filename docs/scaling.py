@@ -23,28 +23,32 @@ from flags import parse_flags, run
 SKIPPED = 5         # steps at the beginning, which compile and warm up
 
 
-def read_times(path):
-    """Of a run: (ranks, what must be alike in all, in words, tokens of a step, seconds of a step, seconds of forward and backward): medians."""
+def read_run(path):
+    """Of a run: (ranks, what must be alike in all, in words, tokens of a step, its steps in their order)."""
     header, steps, _ = read_log(path)
     if len(steps) < SKIPPED + 5:
         raise ValueError(f"{path} has {len(steps)} steps; take {SKIPPED + 5} or more, of which the first {SKIPPED} do not count")
     ranks, tokens = header["world_size"], header["total_batch_tokens"]
     alike = f"{tokens // ranks:,} tokens a step and rank in micro-batches of {header['device_batch_size']} x {header['sequence_len']} on {header['device']}"
-    return ranks, alike, tokens, *(median(line[key] for line in steps[SKIPPED:]) for key in ("dt", "fwdbwd"))
+    return ranks, alike, tokens, steps
 
 
 def main(argv=None):
     given = parse_flags(NoFlags, __doc__, argv, positionals=[("runs", "+", "run folders, or copies of their log.jsonl: the first on one GPU")])
-    runs = {name: read_times(name) for name in given["runs"]}
-    first, (one, setting, _, step_of_one, fwdbwd_of_one) = next(iter(runs.items()))
+    runs = {name: read_run(name) for name in given["runs"]}
+    first, (one, setting, *_) = next(iter(runs.items()))
     if one != 1:
         raise ValueError(f"{first} ran on {one} ranks; give a run on one first, which the others are held against")
     for name, (_, alike, *_) in runs.items():
         if alike != setting:
             raise ValueError(f"{name} ran with {alike}, {first} with {setting}: give runs alike (on a CPU with one OMP_NUM_THREADS)")
-    print(f"{setting}\n\n| GPUs | step | forward + backward | the rest: optimizer | tokens/s | tokens/s per GPU, of one alone's | exposed communication |")
+    n = min(len(steps) for *_, steps in runs.values())                      # the same steps of all: a GPU's clocks follow what it multiplies
+    times = {name: [median(line[key] for line in steps[SKIPPED:n]) for key in ("dt", "fwdbwd")] for name, (*_, steps) in runs.items()}
+    step_of_one, fwdbwd_of_one = times[first]
+    print(f"{setting}; medians of steps {SKIPPED} to {n - 1}\n\n| GPUs | step | forward + backward | the rest: optimizer | tokens/s | tokens/s per GPU, of one alone's | exposed communication |")
     print("| ---: |" + " ---: |" * 6)
-    for ranks, _, tokens, step, fwdbwd in runs.values():
+    for name, (ranks, _, tokens, _) in runs.items():
+        step, fwdbwd = times[name]
         exposed = (step - fwdbwd_of_one - (step_of_one - fwdbwd_of_one) / ranks) / step
         print(f"| {ranks} | {step:.3f} s | {fwdbwd:.3f} s | {step - fwdbwd:.3f} s | {tokens / step:,.0f} | {step_of_one / step:.1%} "
               f"| {'' if ranks == 1 else f'{exposed:.1%}'} |")

@@ -12,6 +12,17 @@ import bench
 from test_model import make, tokens
 
 
+def test_no_matrix_of_a_benchmark_is_zeros_and_the_others_keep_their_values():
+    model = make()
+    model.init_weights(3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    zeros = {name for name, p in before.items() if p.ndim == 2 and not p.any()}
+    bench.fill_zeros(model, 0)
+    assert {name.split(".")[-2] for name in zeros} == {"c_proj", *(str(k) for k in range(model.config.n_stage))}
+    for name, p in model.named_parameters():
+        assert 0.01 < p.std() < 0.04 if name in zeros else torch.equal(p, before[name]), name
+
+
 @pytest.mark.parametrize("switches", [dict(), dict(merged=False), dict(chunked=False), dict(per_stage=False), dict(stage_major=True),
                                       dict(merged=False, chunked=False, per_stage=False)])
 def test_every_variant_has_the_gradients_of_the_real_step(switches, monkeypatch):
