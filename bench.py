@@ -12,9 +12,9 @@ Variants are interleaved in one process, round by round, and told as medians wit
 The last line is JSON. Nothing here decides a test.
 
 Variants of training share one set of weights. poe: model.backward_by_stage. bp: one loss at the top. Then poe without one idea each:
-two-matmuls (W x + W_k x, and both gradients, instead of the merged head), whole-logits (the loss by autograd, all logits at once), one-backward (all stages'
-activations are kept), cast-each-pass (weights are cast in each micro-batch, not once per step); naive is all four; stage-major runs each
-stage over all micro-batches before the next begins.
+two-matmuls (W x + W_k x, and both gradients, instead of the merged head), whole-logits (the loss by autograd, all logits at once),
+one-backward (all stages' activations are kept), cast-each-pass (weights are cast in each micro-batch, not once per step); naive is all
+four; stage-major runs each stage over all micro-batches before the next begins.
 """
 import gc
 import json
@@ -33,8 +33,8 @@ import torch.nn.functional as F
 import model as model_file
 from dataloader import Loader, open_data
 from flags import flag, parse_flags, run
-from model import (PRESETS, Linear, LinearByCast, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device, flops_per_token, get,
-                   head_cross_entropy, norm, softcap, stage_bytes)
+from model import (PRESETS, Linear, LinearByCast, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device,
+                   flops_per_token, get, head_cross_entropy, norm, softcap, stage_bytes)
 from muon import MuonAdamW
 from sample import Engine, Plan, count_new_tokens, decode_timed, kernels_fit, make_plan
 from train import RECIPES, optimizer_groups
@@ -155,7 +155,8 @@ def backprop_twin(model):
     config = model.config
     with torch.device("meta"):
         twin = PoE(ModelConfig(**{**asdict(config), "objective": "bp", "stage_layers": (config.n_layer,)}), model.compute_dtype)
-    twin.wte, twin.blocks, twin.lm_head, twin.cos, twin.sin, twin.chunk_loss = model.wte, model.blocks, model.lm_head, model.cos, model.sin, model.chunk_loss
+    for name in ("wte", "blocks", "lm_head", "cos", "sin", "chunk_loss"):
+        setattr(twin, name, getattr(model, name))
     return twin
 
 
@@ -209,7 +210,8 @@ class BenchConfig:
                 raise ValueError(f"--variants {self.variants}: a number of sequences, 1 or more, goes behind the colon of {label!r}")
             if size and (self.total_batch_tokens < tokens or self.total_batch_tokens % tokens):
                 raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
-                                 f"(--device-batch-size {self.device_batch_size}, or :N in --variants {self.variants}, x {PRESETS[self.preset].sequence_len})")
+                                 f"(--device-batch-size {self.device_batch_size}, or :N in --variants {self.variants}, "
+                                 f"x {PRESETS[self.preset].sequence_len})")
         names = [name for name, _ in self.labels().values()]
         if len({*self.labels().values()}) < len(self.variants.split(",")):
             raise ValueError(f"--variants {self.variants} has one twice; name each once")
@@ -231,8 +233,11 @@ class BenchConfig:
 
     def labels(self):
         """{label: (variant, sequences in a micro-batch)} of --variants; 0 sequences where there is no number behind the colon."""
-        parts = {label: label.partition(":") for label in self.variants.split(",")}
-        return {label: (name, (int(size) if re.fullmatch("[0-9]{1,6}", size) else 0) if colon else self.device_batch_size) for label, (name, colon, size) in parts.items()}
+        labels = {}
+        for label in self.variants.split(","):
+            name, colon, size = label.partition(":")
+            labels[label] = name, (int(size) if re.fullmatch("[0-9]{1,6}", size) else 0) if colon else self.device_batch_size
+        return labels
 
 
 def matmul_rate(device, dtype):
@@ -358,7 +363,8 @@ def bench_training(config):
         seconds = clock(device) - start
         peak = torch.cuda.max_memory_allocated() if on_cuda else None
         return seconds, peak - before if on_cuda and len(data) > 1 else None, peak
-    rows, data = {label: SimpleNamespace(times=[]) for label in labels}, {size: batches(size, config.total_batch_tokens) for _, size in labels.values()}
+    rows = {label: SimpleNamespace(times=[]) for label in labels}
+    data = {size: batches(size, config.total_batch_tokens) for _, size in labels.values()}
     for number in range(config.bench_repeats + 1):
         for label, (_, size) in list(labels.items()):
             row = rows[label]
@@ -374,7 +380,8 @@ def bench_training(config):
                 del labels[label], rows[label]
                 continue
             row.times += [seconds] if number else []
-            say(f"round {number} of {config.bench_repeats}, {label}: {1e3 * seconds:.0f} ms" + f", first micro-batch {row.compile_seconds:.1f} s" * (number == 0))
+            say(f"round {number} of {config.bench_repeats}, {label}: {1e3 * seconds:.0f} ms"
+                + f", first micro-batch {row.compile_seconds:.1f} s" * (number == 0))
     if not labels:
         raise ValueError(f"none of --variants {config.variants} fits into memory; choose smaller micro-batches or a smaller --preset")
     for name in WITH_OPTIMIZER if config.optimizer else ():
@@ -417,7 +424,8 @@ def bench_training(config):
                     "of_bp": statistics.median(a / b for a, b in zip(row.times, rows["bp"].times)) if "bp" in rows else None,
                     "optimizer_ms": 1e3 * row.optimizer_seconds if hasattr(row, "optimizer_seconds") else None,
                     "tokens_per_s": tokens / seconds, "tokens_per_s_with_optimizer": None if math.isnan(whole) else tokens / whole,
-                    "gflops_per_token": flops[name] / 1e9, "gflops_per_token_causal": (flops[name] - 6 * shape.n_embd * shape.sequence_len * shape.n_layer) / 1e9,
+                    "gflops_per_token": flops[name] / 1e9,
+                    "gflops_per_token_causal": (flops[name] - 6 * shape.n_embd * shape.sequence_len * shape.n_layer) / 1e9,
                     "mfu_nominal": flops[name] * tokens / seconds / nominal if nominal else None,
                     "mfu_nominal_with_optimizer": None if math.isnan(whole) or not nominal else flops[name] * tokens / whole / nominal,
                     "mfu_matmul": flops[name] * tokens / seconds / ceiling, "activation_bytes": row.activation_bytes, "peak_bytes": row.peak_bytes,
@@ -463,7 +471,8 @@ def bench_plans(model_config, config, bounds, metrics):
         return plans
     plans["s0 alone"] = Plan(range(1))
     plans |= {f"prefix {n}": Plan(range(n)) for n in range(2, K)}
-    plans |= {f"speculative {m}": Plan(range(K), draft_len=m, forced_acceptance=config.forced_acceptance) for m in sorted({1, 2, 4, 8, 12, 16, config.draft_len})}
+    plans |= {f"speculative {m}": Plan(range(K), draft_len=m, forced_acceptance=config.forced_acceptance)
+              for m in sorted({1, 2, 4, 8, 12, 16, config.draft_len})}
     if config.forced_lifts is not None:
         plans[f"s0, {100 * config.forced_lifts:g}% lifted"] = Plan(range(K), forced_lifts=config.forced_lifts)
     if config.forced_acceptance is None and config.forced_lifts is None:
@@ -536,9 +545,9 @@ def bench(model, prompts, config, plans):
             "bytes_per_token": read / made, "share_of_nominal": nominal and read / made * speed / nominal,
             "share_of_copy": copied and read / made * speed / copied,
             "first_token_s": statistics.median(run.first for of, _ in rounds[name][1:] for run in of)})
-    return {"device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__, "dtype": str(model.compute_dtype).removeprefix("torch."),
-            "prompts": len(prompts), "max_new_tokens": n_new, "repeats": config.bench_repeats, "forced_acceptance": config.forced_acceptance,
-            "forced_lifts": config.forced_lifts, "nominal_bytes_per_s": nominal, "copy_bytes_per_s": copied,
+    return {"device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__,
+            "dtype": str(model.compute_dtype).removeprefix("torch."), "prompts": len(prompts), "max_new_tokens": n_new,
+            "repeats": config.bench_repeats, "forced_acceptance": config.forced_acceptance, "forced_lifts": config.forced_lifts, "nominal_bytes_per_s": nominal, "copy_bytes_per_s": copied,
             "capture_s": sum(engine.capture_seconds for engine in engines.values()),
             "peak_bytes": torch.cuda.max_memory_allocated() if on_cuda else None, "modes": rows}
 
@@ -552,7 +561,8 @@ def bench_table(result, bpb):
     for row in result["modes"]:
         lossless = row["identical"] and row["name"].startswith(("full", "speculative"))      # the same text alone is not the same distribution
         cells = (row["name"], cell(bpb.get(row["name"], bpb.get("full") if lossless else None), ".4f"), cell(row["tokens_per_s"], ".1f"),
-                 f"{row['tokens_per_s_min']:.1f} to {row['tokens_per_s_max']:.1f}", cell(row["ms_per_token"], ".3f"), cell(row["speedup"], ".2f") + "x",
+                 f"{row['tokens_per_s_min']:.1f} to {row['tokens_per_s_max']:.1f}", cell(row["ms_per_token"], ".3f"),
+                 cell(row["speedup"], ".2f") + "x",
                  cell(row["tokens_per_cycle"], ".2f"), cell(row["acceptance"], ".4f"), " ".join(f"{share:.3f}" for share in row["exits"]),
                  "identical" if row["identical"] else cell(row["agreement"], ".4f"), cell(row["bytes_per_token"] / 1e6, ".1f"),
                  cell(row["share_of_nominal"], ".1%"), cell(row["share_of_copy"], ".1%"), cell(row["first_token_s"] * 1e3, ".1f") + " ms")
@@ -586,7 +596,8 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
             print(f"the {name} is forced to {value:g}: what is generated means nothing")
     if model.cos.device.type == "cuda" and not kernels_fit(model):
         print("the kernels do not serve this dtype or these widths: everything runs without them and without graphs")
-    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {len(prompts)} prompts, {config.max_new_tokens} tokens each, {config.bench_repeats} rounds")
+    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {len(prompts)} prompts, {config.max_new_tokens} tokens each, "
+          f"{config.bench_repeats} rounds")
     print(bench_table(result, {name: value for name, value in known.items() if isinstance(value, (int, float))}))
     agreeing = [row for row in result["modes"] if (row["agreement"] or 0.0) >= 0.999 and row["name"].startswith(("wand", "routing", "curve"))]
     if agreeing:
@@ -609,7 +620,8 @@ def training_table(result):
                  f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}", cell(row["of_bp"], ".3f"),
                  cell(row["optimizer_ms"], ".1f", " ms"), cell(row["tokens_per_s"], ",.0f"), cell(row["tokens_per_s_with_optimizer"], ",.0f"),
                  cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"), cell(row["mfu_matmul"], ".1%"),
-                 *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")), cell(row["largest_micro_batch"], "d"))
+                 *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")),
+                 cell(row["largest_micro_batch"], "d"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -619,7 +631,8 @@ def main(argv=None):
     with attention_backends(choose_device(config.device, config.dtype)[0]):
         result = bench_training(config)
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {config.preset}, {config.total_batch_tokens:,} tokens a step; "
-          f"{config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s; attention by {result['attention']}")
+          f"{config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s; "
+          f"attention by {result['attention']}")
     print(training_table(result))
     print(json.dumps(result))
 

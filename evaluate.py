@@ -278,9 +278,10 @@ def calibrate(columns, blocks, cap):
     """Fit everything adaptive on the calibration positions: a dict of float64 arrays. columns: float64 (n, w) by `token_statistics`' names.
 
     bounds (K - 1,): p99 of each range, exact: an observed value. bounds_stderr: half the distance between the observed values whose ranks lie
-    one standard error above and below the bound's, that of the share of positions above it, by blocks (n,) of documents. remaining: what the stages not yet run may still move, the sum of their bounds. margins (K - 1,):
-    `fit_threshold` of the positions that have not left earlier, on disagreement, so that violations stay within MARGIN_CAP in sum too.
-    tau (1,): routing. levels (20,): s0's confidence at CURVE_SHARES.
+    one standard error above and below the bound's, that of the share of positions above it, by blocks (n,) of documents. remaining: what
+    the stages not yet run may still move, the sum of their bounds. margins (K - 1,): `fit_threshold` of the positions that have not left
+    earlier, on disagreement, so that violations stay within MARGIN_CAP in sum too. tau (1,): routing. levels (20,): s0's confidence at
+    CURVE_SHARES.
     """
     n, sizes = len(columns["range"]), np.bincount(blocks, minlength=N_BLOCKS).astype(np.float64)
     ranges, at = np.sort(columns["range"], axis=0), quantile_index(n, 99)
@@ -557,8 +558,8 @@ def write_bounds(path, bounds):
 
 def whole(metrics):
     """Whether this is what `evaluate_checkpoint` writes, by a few of its figures."""
-    return metrics.get("format") == FORMAT and all(
-        isinstance(get(metrics, path), (int, float)) for path in (("step",), ("bpb", "full"), ("bpb", "single", 0), ("accuracy", "full"), ("crossover_gap",)))
+    figures = ("step",), ("bpb", "full"), ("bpb", "single", 0), ("accuracy", "full"), ("crossover_gap",)
+    return metrics.get("format") == FORMAT and all(isinstance(get(metrics, path), (int, float)) for path in figures)
 
 
 def read_metrics(path):
@@ -933,7 +934,8 @@ def schedule_table(phases, record):
     """The card's table of the schedule's parameters, newest phase first."""
     T, table = get(record, ("model", "sequence_len")), record.get("phases") or [{}] * len(phases)
     batches = [row.get("batch") for row in table]
-    rows = [["token budget", *(scaled(p.num_steps * batch * T) if isinstance(batch, int) and isinstance(T, int) else "—" for p, batch in zip(phases, batches))]]
+    rows = [["token budget", *(scaled(p.num_steps * batch * T) if isinstance(batch, int) and isinstance(T, int) else "—"
+                               for p, batch in zip(phases, batches))]]
     for text, value in (("total steps in phase", lambda p: f"{p.num_steps:,}"), ("warmup steps", lambda p: f"{p.warmup_steps:,}"),
                         ("peak `lrm`", lambda p: f"{p.peak_lrm:g}"), ("warmdown ratio", lambda p: f"{p.warmdown_ratio:g}"),
                         ("final `lrm`", lambda p: f"{p.final_lrm:g}"), ("anchor step", lambda p: f"{p.anchor:,}")):

@@ -607,7 +607,7 @@ class Engine:
         self.report[0, :1] = sure
 
     def judge_all(self, n):
-        """Run the upper stages over n positions, of each row, and choose (and report) what follows each. Returns the places of these, and the tokens."""
+        """Run the upper stages over n positions of each row, and choose (and report) what follows each. Returns the places, and the tokens."""
         for k in range(1, self.last + 1):
             for width in self.widths(n):
                 self.stage(k, width=width)
@@ -999,7 +999,8 @@ class SampleConfig:
 def read_prompts(path):
     """The lines of a UTF-8 file, or of standard input for "-". Raises ValueError where it is not UTF-8 or empty."""
     if not path or path == "-" and sys.stdin is None:
-        raise ValueError(f"--prompt-file {path!r}: {'standard input is closed' if path else 'the name is empty'}; give a file, or - and standard input")
+        raise ValueError(f"--prompt-file {path!r}: {'standard input is closed' if path else 'the name is empty'}; give a file, or - and "
+                         f"standard input")
     try:
         text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8")
     except UnicodeDecodeError as e:
@@ -1013,14 +1014,17 @@ def main(argv=None):
     given = parse_flags(SampleConfig, __doc__, argv, positionals=[("checkpoint", "?", "a step-XXXXX directory, or a run: its newest")])
     path = given.pop("checkpoint")
     config = SampleConfig(**given)
-    for name in ("bench_repeats",) if not config.bench else (
-            "mode", "stage", "prefix", "draft_gate", "wand_margin", "routing_threshold", "temperature", "top_k", "top_p", "num_samples", "compile", "json"):
+    misplaced = ("mode", "stage", "prefix", "draft_gate", "wand_margin", "routing_threshold", "temperature", "top_k", "top_p", "num_samples",
+                 "compile", "json") if config.bench else ("bench_repeats",)
+    for name in misplaced:
         if name in given:
-            raise ValueError(f"--{name.replace('_', '-')} {'goes with --bench' if not config.bench else 'does nothing with --bench, which measures every mode, greedily'}; leave it out")
+            why = "does nothing with --bench, which measures every mode, greedily" if config.bench else "goes with --bench"
+            raise ValueError(f"--{name.replace('_', '-')} {why}; leave it out")
     if "draft_len" in given and not config.bench and config.mode != "speculative":
         raise ValueError(f"--draft-len {config.draft_len} goes with --mode speculative, not with --mode {config.mode}; leave it out")
     if (path is None) == (config.preset is None):
-        raise ValueError("give a checkpoint (a step-XXXXX directory or a run), or --bench --preset for random weights" + ", not both" * (path is not None))
+        raise ValueError("give a checkpoint (a step-XXXXX directory or a run), or --bench --preset for random weights"
+                         + ", not both" * (path is not None))
     device, dtype = choose_device(config.device, config.dtype)
     if device.index is not None:
         torch.cuda.set_device(device)

@@ -45,8 +45,9 @@ from torch.nn.utils import get_total_norm
 from dataloader import Loader, open_data, validation_windows, write_whole
 from evaluate import read_log, score, slice_text, summarize, write_json
 from flags import Ranks, check_types, discard_stdout, flag, parse_flags, run
-from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps, choose_device,
-                   count_parameters, flops_per_token, get, load_tensors, parameter_group, read_json, read_object, read_record, sha256_of, verify_checkpoint)
+from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps,
+                   choose_device, count_parameters, flops_per_token, get, load_tensors, parameter_group, read_json, read_object, read_record,
+                   sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
 from schedule import Phase, learning_rate, muon_momentum, position, weight_decay_factor
 
@@ -112,7 +113,8 @@ class TrainConfig:
     mlp_hidden: int = flag(None, "channels inside the MLP (default: preset)")
     stage_layers: str = flag(None, "layers per stage, such as 16,6,5,5; they sum to n_layer (default: preset)")
     sequence_len: int = flag(None, "context, tokens (default: preset)")
-    vocab_size: int = flag(None, "token ids, bos included; with --data those of its shards, else up to 32768: the first merges of the embedded tokenizer (default: preset)")
+    vocab_size: int = flag(None, "token ids, bos included; with --data those of its shards, else up to 32768: the first merges of the "
+                                 "embedded tokenizer (default: preset)")
     # optimizer
     total_batch_tokens: int = flag(None, "tokens per optimizer step, over all micro-batches and ranks (default: preset)")
     device_batch_size: int = flag(None, "sequences per micro-batch of a rank; lower it when memory runs out (default: preset)")
@@ -148,8 +150,8 @@ class TrainConfig:
         if self.total_batch_tokens % self.sequence_len:
             raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} is not a multiple of --sequence-len {self.sequence_len}")
         if self.batch > 10 ** 7:
-            raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} / --sequence-len {self.sequence_len} are {self.batch} sequences a step; "
-                             f"10,000,000 are the most")
+            raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} / --sequence-len {self.sequence_len} are {self.batch} sequences "
+                             f"a step; 10,000,000 are the most")
         if self.batch % self.device_batch_size:
             raise ValueError(f"--device-batch-size {self.device_batch_size} does not divide a step's {self.batch} sequences "
                              f"(--total-batch-tokens {self.total_batch_tokens} / --sequence-len {self.sequence_len})")
@@ -184,7 +186,8 @@ def resolve_config(given, restarted=False):
     resume, parent = given.get("resume"), given.get("continue_from")
     for name in ("resume", "continue_from"):
         if given.get(name) == "":
-            raise ValueError(f"--{name.replace('_', '-')} is empty; name a {'run' if name == 'resume' else 'checkpoint'}, or leave it out to train anew")
+            raise ValueError(f"--{name.replace('_', '-')} is empty; name a {'run' if name == 'resume' else 'checkpoint'}, or leave it out "
+                             f"to train anew")
     if resume and parent:
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
     if resume:
@@ -272,7 +275,8 @@ def check_phases(path, rows):
     try:
         for row in rows:
             phase_of(row), row["mix"] + "", hash(row["mix_sha256"])
-            if any(type(row[name]) is not int or not 0 <= row[name] < 2 ** 62 for name in ("anchor_step", "anchor_sample", "num_steps", "warmup_steps")):
+            whole = "anchor_step", "anchor_sample", "num_steps", "warmup_steps"
+            if any(type(row[name]) is not int or not 0 <= row[name] < 2 ** 62 for name in whole):
                 raise ValueError("anchors and steps are whole numbers")
         if rows[0]["anchor_step"] or rows[0]["anchor_sample"]:
             raise ValueError("the first phase begins at step 0 and sample 0")
@@ -360,7 +364,8 @@ def dry_run(config, rows, world_size):
     print(f"FLOPs per token: {flops / 1e9:.2f} G (forward + backward, causal attention not halved)")
     tokens = config.num_steps * config.total_batch_tokens
     print(f"steps: {config.num_steps:,} x {config.total_batch_tokens:,} tokens = {tokens:,} tokens, "
-          f"{config.n_micro} micro-batches of {config.device_batch_size} x {model_config.sequence_len} a step, on {world_size} rank{'s' * (world_size > 1)}")
+          f"{config.n_micro} micro-batches of {config.device_batch_size} x {model_config.sequence_len} a step, "
+          f"on {world_size} rank{'s' * (world_size > 1)}")
     print("phase anchor  steps warmup  peak warmdown  final")
     for number, phase in enumerate(phases, 1):
         print(f"{number:>5} {phase.anchor:>6} {phase.num_steps:>6} {phase.warmup_steps:>6} {phase.peak_lrm:>5} {phase.warmdown_steps:>8} "
@@ -370,7 +375,8 @@ def dry_run(config, rows, world_size):
           + f", total {sum(memory.values()) / 2**30:.1f} GiB")
     print(json.dumps({"preset": config.preset, "model": asdict(model_config), "params": params, "params_total": sum(params.values()),
                       "flops_per_token": flops, "num_steps": config.num_steps, "total_batch_tokens": config.total_batch_tokens, "tokens": tokens,
-                      "phases": rows, "memory_per_rank_bytes": memory, "memory_per_rank_bytes_total": sum(memory.values()), "world_size": world_size}))
+                      "phases": rows, "memory_per_rank_bytes": memory, "memory_per_rank_bytes_total": sum(memory.values()),
+                      "world_size": world_size}))
 
 
 def validation_slices(data, rows, config, say):
@@ -560,9 +566,9 @@ def check_finite(step, gathered, saved):
         for what, numbers in zip(("loss", "gradient"), values):
             for stage, number in enumerate(numbers):
                 if not math.isfinite(number):
-                    raise ValueError(f"the {what} of stage {stage} is not finite ({number}) on rank {rank} at step {step}: stopped before the update; "
-                                     f"the last checkpoint, {'none yet' if saved is None else f'step-{saved:05d}'}, is untouched; lower the rates "
-                                     f"and --resume")
+                    raise ValueError(f"the {what} of stage {stage} is not finite ({number}) on rank {rank} at step {step}: stopped before the "
+                                     f"update; the last checkpoint, {'none yet' if saved is None else f'step-{saved:05d}'}, is untouched; "
+                                     f"lower the rates and --resume")
 
 
 def open_log(path, step):
@@ -607,8 +613,8 @@ def main(argv=None):
     def on_signal(number, frame):
         stop.append(number)
         if main_rank and sys.stdout:
-            with suppress(OSError):
-                os.write(sys.stdout.fileno(), f"{signal.Signals(number).name}: saving at the next step boundary\n".encode())    # print is not reentrant
+            with suppress(OSError):                                         # not by print, which is not reentrant
+                os.write(sys.stdout.fileno(), f"{signal.Signals(number).name}: saving at the next step boundary\n".encode())
         if number == signal.SIGINT and ranks.world_size == 1:               # SIGTERM comes twice by itself from `timeout` and schedulers
             signal.signal(number, signal.default_int_handler)
         if "torch._inductor.config" in sys.modules:                         # Inductor's workers may have died of the same signal, and what is
@@ -621,8 +627,8 @@ def main(argv=None):
         model_config, out = config.model_config(), Path(config.out)
         if ranks.world_size > config.n_micro:
             raise ValueError(f"a step's {config.n_micro} micro-batches (--total-batch-tokens {config.total_batch_tokens} / --sequence-len "
-                             f"{config.sequence_len} / --device-batch-size {config.device_batch_size}) leave some of {ranks.world_size} ranks without "
-                             f"work; lower --device-batch-size or start fewer ranks")
+                             f"{config.sequence_len} / --device-batch-size {config.device_batch_size}) leave some of {ranks.world_size} ranks "
+                             f"without work; lower --device-batch-size or start fewer ranks")
         device, dtype = choose_device(ranks.device_name(config.device), config.dtype)
         on_cuda = device.type == "cuda"
         if device.index is not None:
@@ -733,7 +739,8 @@ def main(argv=None):
     log(kind="header", step=step, **header)
     say(json.dumps(header))
     say(f"{sum(params.values()):,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
-        f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}, attention by {header['attention']}")
+        f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}, "
+        f"attention by {header['attention']}")
 
     def validate():
         """Score the validation windows of every slice, log and print; return the metrics of the present data's."""

@@ -443,13 +443,14 @@ def inspect(config):
 
 OF_A_MIX = ("mix", "raw", "only", "source")
 COMMANDS = {"download": (download, (*OF_A_MIX, "max_bytes")), "tokenizer": (tokenizer, (*OF_A_MIX, "out", "val_fraction", "vocab_size")),
-            "tokenize": (tokenize, (*OF_A_MIX, "out", "val_fraction", "vocab_size", "tokenizer", "workers")), "inspect": (inspect, ("data", "verify"))}
+            "tokenize": (tokenize, (*OF_A_MIX, "out", "val_fraction", "vocab_size", "tokenizer", "workers")),
+            "inspect": (inspect, ("data", "verify"))}
 
 
 def main():
-    given = parse_flags(Config, __doc__, positionals=[("command", None, ", ".join(COMMANDS) + ". --max-bytes is of download; --out, --val-fraction and "
-                                                               "--vocab-size are of tokenizer and tokenize; --tokenizer and --workers of tokenize; --data and --verify of "
-                                                               "inspect; the rest is of all but inspect")])
+    given = parse_flags(Config, __doc__, positionals=[(
+        "command", None, ", ".join(COMMANDS) + ". --max-bytes is of download; --out, --val-fraction and --vocab-size are of tokenizer and "
+        "tokenize; --tokenizer and --workers of tokenize; --data and --verify of inspect; the rest is of all but inspect")])
     command = given.pop("command")
     if command not in COMMANDS:
         raise ValueError(f"no command {command!r}; choose from {', '.join(COMMANDS)} (see --help)")

@@ -24,9 +24,10 @@ def read_log(path):
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         header, config, bpb = lines[0], lines[0]["config"], [line["bpb"] for line in lines if line["kind"] == "val"][-1]
-        steps = [{"step": int(line["step"]), "losses": [*map(float, line["losses"])], **{key: float(line[key]) for key in ("train_loss", "dt", "fwdbwd")}}
-                 for line in lines if line["kind"] == "step"]
-        sizes = {key: int(config[key]) for key in ("total_batch_tokens", "device_batch_size", "sequence_len")} | {"world_size": int(header["world_size"])}
+        steps = [{"step": int(line["step"]), "losses": [*map(float, line["losses"])],
+                  **{key: float(line[key]) for key in ("train_loss", "dt", "fwdbwd")}} for line in lines if line["kind"] == "step"]
+        sizes = {key: int(config[key]) for key in ("total_batch_tokens", "device_batch_size", "sequence_len")}
+        sizes["world_size"] = int(header["world_size"])
         if min([*sizes.values(), *(line["dt"] for line in steps)]) <= 0 or not bpb["single"]:
             raise ValueError
         return (sizes | {"objective": str(config["objective"]), "device": str(header["device"])}, steps,
@@ -49,7 +50,8 @@ def pyplot(picture):
 
 
 def main(argv=None):
-    given = parse_flags(NoFlags, __doc__, argv, positionals=[("picture", None, "the .png to write"), ("runs", "+", "run folders, or copies of their log.jsonl")])
+    given = parse_flags(NoFlags, __doc__, argv, positionals=[("picture", None, "the .png to write"),
+                                                             ("runs", "+", "run folders, or copies of their log.jsonl")])
     plt = pyplot(given["picture"])
     logs = {name: read_log(name) for name in given["runs"]}
     runs = {name: ([line["train_loss"] for line in steps], bpb["full"]) for name, (_, steps, bpb) in logs.items()}
@@ -59,7 +61,8 @@ def main(argv=None):
     if {len(losses) for losses, _ in runs.values()} != {n}:
         print(f"losses are compared over the first {n} steps, which all have; validations are each run's last\n")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    print(f"| run | validation bpb, full | training loss, mean of the last 20 steps | largest difference from {first} at a step | mean difference | its standard deviation |")
+    print(f"| run | validation bpb, full | training loss, mean of the last 20 steps | largest difference from {first} at a step "
+          f"| mean difference | its standard deviation |")
     print("| --- |" + " ---: |" * 5)
     for number, (name, (losses, bpb)) in enumerate(runs.items()):
         last = losses[:n][-20:]

@@ -13,7 +13,8 @@ from flags import parse_flags, run
 
 
 def main(argv=None):
-    given = parse_flags(NoFlags, __doc__, argv, positionals=[("picture", None, "the .png to write"), ("runs", "+", "run folders, or copies of their log.jsonl")])
+    given = parse_flags(NoFlags, __doc__, argv, positionals=[("picture", None, "the .png to write"),
+                                                             ("runs", "+", "run folders, or copies of their log.jsonl")])
     figure, (left, right) = pyplot(given["picture"]).subplots(1, 2, figsize=(9, 3.6), width_ratios=[3, 2], layout="constrained")
     for number, (header, steps, final) in enumerate(map(read_log, given["runs"])):
         name, style, smooth = header["objective"], ("-", "--", ":", "-.")[number % 4], []

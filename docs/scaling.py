@@ -29,7 +29,8 @@ def read_run(path):
     if len(steps) < SKIPPED + 5:
         raise ValueError(f"{path} has {len(steps)} steps; take {SKIPPED + 5} or more, of which the first {SKIPPED} do not count")
     ranks, tokens = header["world_size"], header["total_batch_tokens"]
-    alike = f"{tokens // ranks:,} tokens a step and rank in micro-batches of {header['device_batch_size']} x {header['sequence_len']} on {header['device']}"
+    alike = (f"{tokens // ranks:,} tokens a step and rank in micro-batches of {header['device_batch_size']} x {header['sequence_len']} "
+             f"on {header['device']}")
     return ranks, alike, tokens, steps
 
 
@@ -45,7 +46,8 @@ def main(argv=None):
     n = min(len(steps) for *_, steps in runs.values())                      # the same steps of all: a GPU's clocks follow what it multiplies
     times = {name: [median(line[key] for line in steps[SKIPPED:n]) for key in ("dt", "fwdbwd")] for name, (*_, steps) in runs.items()}
     step_of_one, fwdbwd_of_one = times[first]
-    print(f"{setting}; medians of steps {SKIPPED} to {n - 1}\n\n| GPUs | step | forward + backward | the rest: optimizer | tokens/s | tokens/s per GPU, of one alone's | exposed communication |")
+    print(f"{setting}; medians of steps {SKIPPED} to {n - 1}\n\n| GPUs | step | forward + backward | the rest: optimizer | tokens/s "
+          f"| tokens/s per GPU, of one alone's | exposed communication |")
     print("| ---: |" + " ---: |" * 6)
     for name, (ranks, _, tokens, _) in runs.items():
         step, fwdbwd = times[name]
