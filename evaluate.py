@@ -11,8 +11,8 @@ calibrate bounds and thresholds; rates are reported on positions of later window
 (`Slice`). bpb, accuracy and alpha use all of it. Targets that are special tokens count nowhere.
 
 Every rate is a ratio of float64 sums, kept per block of documents, so every rate has a standard error that knows that the positions of
-a document are alike, and every difference of bpb between two checkpoints has a paired one (`ratio`, `change`). A run's ranks share the
-windows and add up their sums. Memory is bounded by a chunk of tokens, and a few bytes per token of the slice.
+a document are alike, and every difference of bpb or accuracy between two checkpoints has a paired one (`ratio`, `change`). A run's ranks
+share the windows and add up their sums. Memory is bounded by a chunk of tokens, and a few bytes per token of the slice.
 
 Written, inside the run that is given and nowhere else: metrics.json and timings.json of each step, `poe_wand_*` in its config.json,
 TRAJECTORY.md, trajectory.png. Definitions are in the docstrings and in README's "Measuring". WAND: after Broder et al., CIKM 2003.
@@ -380,7 +380,7 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
 
 
 def slice_metrics(sums):
-    """bpb, accuracy, alpha and the gap from sums per block, numpy (G, w), with standard errors; and the blocks' nats for paired ones."""
+    """bpb, accuracy, alpha and the gap from sums per block, numpy (G, w), with standard errors; and the blocks' sums for paired ones."""
     n_bytes, tokens = sums["bytes"][:, 0], sums["tokens"][:, 0]
     totals = {name: value.sum(axis=0).tolist() for name, value in sums.items()}
     metrics = summarize({**totals, "tokens": int(tokens.sum()), "bytes": int(n_bytes.sum())})
@@ -398,7 +398,8 @@ def slice_metrics(sums):
         if isinstance(value, dict):
             return {name: text(v) for name, v in value.items()}
         return [text(v) for v in value] if isinstance(value, list) else " ".join(f"{v:.4f}".rstrip("0").rstrip(".") for v in value)
-    metrics["blocks"] = {"bytes": text(n_bytes), **text(nats)}
+    hits = {"full": sums["hits_prefix"][:, -1], "single": [*sums["hits_single"].T]}
+    metrics["blocks"] = text({"bytes": n_bytes, "tokens": tokens, **nats, "accuracy": hits})
     return metrics
 
 
@@ -731,16 +732,17 @@ def shown(column, value, change=False):
 def change(column, row, base):
     """(value of `row` - value of `base`, its standard error): None where not measured, or no error known.
 
-    bpb on the same slice: paired, per block of documents. Other rates: the root of the sum of squares, which is too large rather than
-    too small, because both come from the same text.
+    bpb and accuracy on the same slice: paired, per block of documents. Other rates: the root of the sum of squares, which is too large
+    rather than too small, because both come from the same text.
     """
     value, other = get(row, column.path), get(base, column.path)
     if value is None or other is None:
         return None, None
     blocks = [get(r.get("blocks"), column.path) for r in (row, base)]
     if None not in blocks and row["settings"]["slice_sha256"] == base["settings"]["slice_sha256"]:
-        nats, other_nats, n_bytes = (np.array(text.split(), dtype=np.float64) for text in (*blocks, row["blocks"]["bytes"]))
-        return value - other, ratio((nats - other_nats) / math.log(2), n_bytes)[1]
+        counted, unit = ("tokens", 1.0) if column.path[0] == "accuracy" else ("bytes", math.log(2))
+        sums, other_sums, n = (np.array(text.split(), dtype=np.float64) for text in (*blocks, row["blocks"][counted]))
+        return value - other, ratio((sums - other_sums) / unit, n)[1]
     named = max(i for i, key in enumerate(column.path) if isinstance(key, str))
     errors = [get(r, [f"{key}_stderr" if i == named else key for i, key in enumerate(column.path)]) for r in (row, base)]
     return value - other, math.hypot(*errors) if None not in errors else None
@@ -980,8 +982,8 @@ def report(name, rows, phases, record, reading):
              f"`python evaluate.py`{measured_on}",
              f"Below a table: the change of each figure against the previous row / against {seed}; then its reading, in which envelopes, records, rises "
              f"and drops are of the rows after the phase's warmup. " + (
-                 "≈ marks a change within two standard errors: noise. Those of bpb are paired by document; end-to-end speedups are timings and "
-                 "have none." if reading["noise_known"] else
+                 "≈ marks a change within two standard errors: noise. Those of bpb and accuracy are paired by document; end-to-end speedups are "
+                 "timings and have none." if reading["noise_known"] else
                  "No standard error is given in these measurements, so none of the changes can be told from noise."),
              "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",
              "## Schedule", schedule_table(phases, record) if phases else "No phase table was found.", "## Branches",

@@ -260,6 +260,9 @@ def test_identities(measured):
         assert 1 - form["agreement"] == pytest.approx(form["violation_rate"] * (1 - form["exit_fraction"][-1]), abs=1e-12)
     assert metrics["routing"]["curve"][-1]["agreement"] == pytest.approx(metrics["routing"]["base_agreement"], rel=1e-12)       # all leave
     assert bpb["full"] * math.log(2) * metrics["bytes"] == pytest.approx(sum(map(float, metrics["blocks"]["bpb"]["full"].split())), rel=1e-6)
+    for of, hits in ((metrics["accuracy"]["full"], metrics["blocks"]["accuracy"]["full"]),
+                     *zip(metrics["accuracy"]["single"], metrics["blocks"]["accuracy"]["single"])):
+        assert of * sum(map(int, metrics["blocks"]["tokens"].split())) == pytest.approx(sum(map(int, hits.split())), rel=1e-12)
 
 
 def test_one_stage_has_no_adaptive_figures_and_no_gap():
@@ -378,7 +381,14 @@ def test_paired_error_of_a_difference_is_that_of_the_differences():
     per_byte = np.array([1.0, 2.0, 2.0]) / math.log(2) - delta * np.array([2.0, 4.0, 4.0])
     assert delta == pytest.approx(0.5 / math.log(2)) and error == pytest.approx(math.sqrt(1.5 * (per_byte ** 2).sum()) / 10, abs=1e-12)
     assert error < 1e-9                                             # each document changes by the same per byte: no doubt at all
-    rates = [{"accuracy": {"single": [0.5], "single_stderr": [e]}} for e in (0.03, 0.04)]
+
+    def hits(of_blocks):
+        return {"accuracy": {"full": sum(of_blocks) / 10, "full_stderr": 0.2}, "settings": {"slice_sha256": "x"},
+                "blocks": {"bytes": "9 9 9", "tokens": "2 4 4", "accuracy": {"full": " ".join(map(str, of_blocks))}}}
+    delta, error = evaluate.change(evaluate.Column("full", ("accuracy", "full"), 4, 1, ""), hits([2, 3, 1]), hits([1, 2, 0]))
+    # 3 more of 10; residuals 1 - 0.3 * 2 = 0.4, 1 - 0.3 * 4 = -0.2 twice; se^2 = 3/2 (0.16 + 0.04 + 0.04) / 100
+    assert delta == pytest.approx(0.3) and error == pytest.approx(math.sqrt(1.5 * 0.24) / 10)
+    rates = [{"accuracy": {"single": [0.5], "single_stderr": [e]}} for e in (0.03, 0.04)]      # of other text, or measured without sums
     assert evaluate.change(evaluate.Column("s0", ("accuracy", "single", 0), 4, 1, ""), *rates) == (0.0, pytest.approx(0.05))
 
 
