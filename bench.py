@@ -320,7 +320,6 @@ def bench_training(config):
     fill_zeros(model, config.seed)
     if compile:
         model.compile_regions()
-        torch._dynamo.config.recompile_limit = 64                           # more variants of a block than training ever has
     twin = backprop_twin(model)
     steps = {"poe": (model, real_step, {}), "bp": (twin, real_step, {}),
              "naive": (model, trial_step, dict(merged=False, chunked=False, per_stage=False)), "two-matmuls": (model, trial_step, dict(merged=False)),

@@ -560,6 +560,9 @@ class PoE(nn.Module):
 
     def compile_regions(self):
         """Compile a block (the same code serves all layers) and the loss's elementwise part, not the whole model."""
+        # 13 kinds of a block at most: a value embedding or none, x and x0 with gradients or without, training or not, a last batch of fewer
+        # rows. By its own limit of 8 dynamo would leave validation uncompiled.
+        torch._dynamo.config.recompile_limit = 64
         self.chunk_loss = torch.compile(cross_entropy_chunk, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)

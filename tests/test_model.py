@@ -255,6 +255,29 @@ def test_bfloat16_frozen_model_equals_the_unfrozen_one_bit_for_bit():
     assert torch.equal(model.freeze_for_inference()(idx), before)
 
 
+def test_no_kind_of_a_block_is_left_uncompiled(monkeypatch):
+    """Training, then validation with a last batch of fewer rows: dynamo raises where it would run a block without compiling it."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **{**options, "backend": "eager"}))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)                     # its own
+    torch._dynamo.utils.counters.clear()
+    model = PoE(ModelConfig(**{**CONFIG, "n_layer": 12, "stage_layers": (4, 3, 3, 2)}), torch.bfloat16)
+    model.init_weights(0)
+    model.compile_regions()
+    model.cast_weights()
+    for _ in model.backward_by_stage(*tokens(), 1 / 33):
+        pass
+    with torch.no_grad():
+        for rows in (3, 1):
+            list(model.boundaries(tokens(rows)[0]))
+    # training: the first block, whose x is x0; then gradients of both, of none or of x alone, with a value embedding and without; the loss.
+    # Then of each batch: the first block, a value embedding or none.
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == (1 + 3 * 2) + 1 + 2 * 3, graphs
+    torch._dynamo.reset()
+
+
 def test_loss_gradient_of_a_confident_head_is_exact_in_float32():
     """At the softcap's end, p - 1 cancels; the target's gradient is written, not subtracted in low precision."""
     logits = torch.tensor([[40.0, -3.0, 0.5]])
