@@ -115,7 +115,7 @@ def send(tensor, device):
 
 
 @torch.no_grad()
-def one_pass(model, mix, windows, tokenizer, batch_size, full, progress=None):
+def one_pass(model, mix, windows, tokenizer, batch_size, full):
     """Run the trunk once over `windows` of `mix`; yield (windows of the batch, columns): `token_statistics` of its B T positions.
 
     Two columns are added: tokens (1 where the target counts, 0 for special tokens) and bytes. Nothing here waits for the device.
@@ -136,8 +136,6 @@ def one_pass(model, mix, windows, tokenizer, batch_size, full, progress=None):
         columns["bytes"] = token_bytes[y][:, None]
         columns["tokens"] = (columns["bytes"] > 0).double()
         yield rows, columns
-        if progress:
-            progress(len(rows))
 
 
 def add(sums, columns, weight, blocks=None):
@@ -164,30 +162,18 @@ def share(first, last, rank, world_size):
     return np.arange(first, last)[rank::world_size]
 
 
-def score(model, mix, n_windows, tokenizer, batch_size, rank=0, world_size=1, progress=None):
+def score(model, mix, n_windows, tokenizer, batch_size, rank=0, world_size=1):
     """Sum nats and hits of every stage and prefix over the first `n_windows` windows of `mix`, in one pass of the trunk.
 
-    Ranks take disjoint windows; every rank returns the sums of all. progress: called with (windows done, of), this rank's.
+    Ranks take disjoint windows; every rank returns the sums of all.
     Returns a dict: tokens, bytes (counted targets), and float64 lists nats_single, nats_prefix, hits_single, hits_prefix of length K.
     """
-    windows, sums = share(0, n_windows, rank, world_size), {}
-    count = counter(progress, len(windows))
-    for _, columns in one_pass(model, mix, windows, tokenizer, batch_size, False, count):
+    sums = {}
+    for _, columns in one_pass(model, mix, share(0, n_windows, rank, world_size), tokenizer, batch_size, False):
         add(sums, columns, columns["tokens"])
     all_reduce(sums, world_size)
     sums = {name: value.tolist() for name, value in sums.items()}
     return {**sums, "tokens": int(sums["tokens"][0]), "bytes": int(sums["bytes"][0])}
-
-
-def counter(progress, n):
-    """A function of the windows just done that calls progress(done, n)."""
-    done = [0]
-
-    def count(more):
-        done[0] += more
-        if progress:
-            progress(done[0], n)
-    return count
 
 
 def summarize(sums):
@@ -342,13 +328,14 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
     """Every table but speculation and samples, in one pass of the trunk over a `Slice`: metrics.json's keys, in memory of a chunk.
 
     The calibration windows run first; their few columns are kept, fitted, and the rest of the slice runs under what was fitted.
+    progress: called with (windows done, of), this rank's.
     """
     device, K, T = model.cos.device, model.config.n_stage, part.mix.T
     blocks, in_report = torch.from_numpy(part.documents % N_BLOCKS), torch.from_numpy(part.in_report)
     mine = [share(0, part.n_calibration, rank, world_size), share(part.n_calibration, part.n_windows, rank, world_size)]
-    sums, report, kept, fitted, count = {}, {}, {}, {}, counter(progress, sum(map(len, mine)))
+    sums, report, kept, fitted, done = {}, {}, {}, {}, 0
     for windows, calibrating in zip(mine, (True, False)):
-        for rows, columns in one_pass(model, part.mix, windows, part.tokenizer, batch_size, True, count):
+        for rows, columns in one_pass(model, part.mix, windows, part.tokenizer, batch_size, True):
             block = send(blocks[rows].flatten(), device)
             add(sums, {name: columns[name] for name in SUMMED}, columns["tokens"], block)
             if calibrating:
@@ -360,6 +347,9 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
             elif K > 1:
                 weight = columns["tokens"] * send(in_report[rows].flatten()[:, None], device)
                 add(report, adaptive_statistics(columns, fitted, cap), weight, block)
+            done += len(rows)
+            if progress:
+                progress(done, sum(map(len, mine)))
         if calibrating and K > 1:
             all_reduce(kept, world_size)
             counted = kept.pop("tokens")[..., 0] > 0
