@@ -332,31 +332,37 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
     """
     device, K, T = model.cos.device, model.config.n_stage, part.mix.T
     blocks, in_report = torch.from_numpy(part.documents % N_BLOCKS), torch.from_numpy(part.in_report)
-    mine = [share(0, part.n_calibration, rank, world_size), share(part.n_calibration, part.n_windows, rank, world_size)]
-    sums, report, kept, fitted, done = {}, {}, {}, {}, 0
-    for windows, calibrating in zip(mine, (True, False)):
+    calibrating = share(0, part.n_calibration, rank, world_size)
+    reported = share(part.n_calibration, part.n_windows, rank, world_size)
+    sums, report, kept, done = {}, {}, {}, 0
+
+    def summed(windows):
+        """As `one_pass`, after adding up what all of the slice adds up; and the block of each position."""
+        nonlocal done
         for rows, columns in one_pass(model, part.mix, windows, part.tokenizer, batch_size, True):
             block = send(blocks[rows].flatten(), device)
             add(sums, {name: columns[name] for name in SUMMED}, columns["tokens"], block)
-            if calibrating:
-                for name in CALIBRATING if K > 1 else ():
-                    value = columns[name].view(len(rows), T, -1)
-                    if name not in kept:
-                        kept[name] = value.new_zeros(part.n_calibration, T, value.size(2))
-                    kept[name][rows] = value
-            elif K > 1:
-                weight = columns["tokens"] * send(in_report[rows].flatten()[:, None], device)
-                add(report, adaptive_statistics(columns, fitted, cap), weight, block)
+            yield rows, columns, block
             done += len(rows)
             if progress:
-                progress(done, sum(map(len, mine)))
-        if calibrating and K > 1:
-            all_reduce(kept, world_size)
-            counted = kept.pop("tokens")[..., 0] > 0
-            found = calibrate({name: value[counted].double().cpu().numpy() for name, value in kept.items()},
-                              blocks[:part.n_calibration][counted.cpu()].numpy(), cap)
-            fitted = {name: torch.from_numpy(value).to(device) for name, value in found.items()}
-            kept = {"tokens": counted.sum()}
+                progress(done, len(calibrating) + len(reported))
+
+    for rows, columns, _ in summed(calibrating):
+        for name in CALIBRATING if K > 1 else ():
+            value = columns[name].view(len(rows), T, -1)
+            if name not in kept:
+                kept[name] = value.new_zeros(part.n_calibration, T, value.size(2))
+            kept[name][rows] = value
+    if K > 1:
+        all_reduce(kept, world_size)
+        counted = kept.pop("tokens")[..., 0] > 0
+        found = calibrate({name: value[counted].double().cpu().numpy() for name, value in kept.items()},
+                          blocks[:part.n_calibration][counted.cpu()].numpy(), cap)
+        fitted = {name: torch.from_numpy(value).to(device) for name, value in found.items()}
+    for rows, columns, block in summed(reported):
+        if K > 1:
+            weight = columns["tokens"] * send(in_report[rows].flatten()[:, None], device)
+            add(report, adaptive_statistics(columns, fitted, cap), weight, block)
     all_reduce(sums, world_size)
     all_reduce(report, world_size)
     sums, report = ({name: value.cpu().numpy() for name, value in d.items()} for d in (sums, report))
@@ -365,7 +371,7 @@ def measure(model, part, batch_size, cap, rank=0, world_size=1, progress=None):
     metrics = slice_metrics(sums) | {"documents": int(part.documents.max()) + 1, "wand": None, "routing": None, "speculative": None}
     if K > 1:
         metrics |= adaptive_metrics(report, found, cap, stage_bytes(model))
-        metrics["wand"]["tokens"] = int(kept["tokens"])
+        metrics["wand"]["tokens"] = int(counted.sum())
     return metrics
 
 
