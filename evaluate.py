@@ -526,15 +526,18 @@ def train_log_bpb(run, step):
     return {"full": full, "tokens": tokens} if isinstance(full, float) and isinstance(tokens, int) else None
 
 
-def phases_of(run, path=None):
-    """The phases of a run, from its config.json or, where it has none, from a step's. [] where neither names any."""
-    for record in filter(None, (read_object(run / "config.json"), read_object(path / "config.json") if path else {})):
-        try:
-            return [Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
-                    for row in record["phases"]]
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{run / 'config.json'} holds no phase table ({e!r}); restore it from a copy") from None
-    return []
+def run_record(path):
+    """config.json of the run of a step directory or, where it has none, the step's own. {} where neither is there."""
+    return read_object(path.parent / "config.json") or read_object(path / "config.json")
+
+
+def phases_of(record, run):
+    """The phases of a run from its `run_record`; [] where that is empty."""
+    try:
+        return [Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
+                for row in record["phases"]] if record else []
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{run / 'config.json'} holds no phase table ({e!r}); restore it from a copy") from None
 
 
 def phase_position(phases, step):
@@ -598,7 +601,7 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
     old = ranks.gather(read_object(path / "metrics.json"))[0]               # rank 0's: it may be writing one that was named twice
     model, start = None, time.time()
     with ranks.agree():
-        record, phases = read_record(path), phases_of(path.parent, path)
+        record, phases = read_record(path), phases_of(run_record(path), path.parent)
         part = open_slice(path, record, config, slices)
         settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
                     "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."),
@@ -1148,8 +1151,8 @@ def gather_rows(paths, config, ranks, slices):
 
 def report_run(run, rows):
     """Write TRAJECTORY.md and trajectory.png of a run; return (text, reading)."""
-    phases = phases_of(run, run / f"step-{rows[-1]['step']:05d}")
-    record = read_object(run / "config.json") or read_object(run / f"step-{rows[-1]['step']:05d}" / "config.json")
+    record = run_record(run / f"step-{rows[-1]['step']:05d}")
+    phases = phases_of(record, run)
     rows = [{**row, "phase": phase_position(phases, row["step"]) or row.get("phase"),
              "train_log_bpb": train_log_bpb(run, row["step"]) or row.get("train_log_bpb")} for row in rows]
     slices = {get(row, ("settings", "slice_sha256")) for row in rows}
