@@ -39,7 +39,7 @@ from flags import Ranks, flag, parse_flags, run
 from model import (BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, get, load_checkpoint, norm, read_object, read_record, softcap,
                    stage_bytes)
 from sample import Engine, Plan, complete, decode_timed, kernels_fit
-from schedule import Phase, learning_rate, phase_index, position
+from schedule import learning_rate, phase_index, phase_of, position
 
 FORMAT = 1                      # of metrics.json
 SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibrates
@@ -534,8 +534,7 @@ def run_record(path):
 def phases_of(record, run):
     """The phases of a run from its `run_record`; [] where that is empty."""
     try:
-        return [Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
-                for row in record["phases"]] if record else []
+        return [phase_of(row) for row in record["phases"]] if record else []
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{run / 'config.json'} holds no phase table ({e!r}); restore it from a copy") from None
 

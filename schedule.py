@@ -59,6 +59,11 @@ class Phase:
         return round(self.warmdown_ratio * self.num_steps)
 
 
+def phase_of(row):
+    """The schedule of a row of a checkpoint's phase table."""
+    return Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
+
+
 def phase_index(phases, step):
     """Index of the phase that `step` belongs to; an anchor belongs to the new phase, a step past the end to the last."""
     return max(i for i, phase in enumerate(phases) if phase.anchor <= step)

@@ -49,7 +49,7 @@ from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, att
                    choose_device, count_parameters, flops_per_token, get, load_tensors, parameter_group, read_json, read_object, read_record,
                    sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
-from schedule import Phase, learning_rate, muon_momentum, position, weight_decay_factor
+from schedule import learning_rate, muon_momentum, phase_of, position, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
 CHECK_RANKS_EVERY = 100             # steps between checks that all ranks hold the same parameters
@@ -263,11 +263,6 @@ def phase_row(config, row, data):
             "mix_sha256": data and data.sha256, "num_steps": config.num_steps, "warmup_steps": config.warmup_steps, "peak_lrm": config.peak_lrm,
             "warmdown_ratio": config.warmdown_ratio, "final_lrm": config.final_lrm, "reset_optimizer": config.reset_optimizer,
             "matrix_lr": config.matrix_lr, "embedding_lr": config.embedding_lr, "unembedding_lr": config.unembedding_lr}
-
-
-def phase_of(row):
-    """The schedule of a row of the phase table."""
-    return Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
 
 
 def check_phases(path, rows):
