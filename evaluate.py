@@ -773,10 +773,15 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
 
 
-def value_table(table, rows, mark=lambda row: ""):
-    """The card's form of a table: a row per checkpoint, without changes. mark: what to write behind a row's branch."""
+def branch(row):
+    """The first two cells of a checkpoint's row in a table: its name, with what is written behind it (`mark`), and its step."""
+    return [step_name(row["step"]) + row.get("mark", ""), f"{row['step']:,}"]
+
+
+def value_table(table, rows):
+    """The card's form of a table: a row per checkpoint, without changes."""
     return markdown(["Branch", "Step", *(c.header for c in table.columns)],
-                    [[step_name(r["step"]) + mark(r), f"{r['step']:,}", *(shown(c, get(r, c.path)) for c in table.columns)] for r in rows])
+                    [[*branch(r), *(shown(c, get(r, c.path)) for c in table.columns)] for r in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -947,7 +952,7 @@ def schedule_table(phases, record):
     return markdown(["param", *(f"phase {i + 1}" for i in reversed(range(len(phases))))], [[row[0], *reversed(row[1:])] for row in rows])
 
 
-def sample_table(rows, mark):
+def sample_table(rows):
     """The card's table of the sample-mode probe, graded by substring; pending where it was not run."""
     def grade(row, *facts):
         return " ".join(f"{fact} {'✓' if row['facts'][fact] else '✗'}" for fact in facts) if row.get("facts") else "pending"
@@ -956,16 +961,14 @@ def sample_table(rows, mark):
         named = get(row, ("facts", "planets_named"))
         return grade(row, "planets") + (f" ({named} of 8)" if named is not None else "")
     return markdown(["Branch", "Step", "France", "Gold (Au + atomic # 79)", "Planets list", "Algebra `5x+3=13` (correct: 2)"], [
-        [step_name(r["step"]) + mark(r), f"{r['step']:,}", grade(r, "Paris"), grade(r, "Au", "79"), planets(r), grade(r, "2")] for r in rows])
+        [*branch(r), grade(r, "Paris"), grade(r, "Au", "79"), planets(r), grade(r, "2")] for r in rows])
 
 
 def report(name, rows, phases, record, reading):
     """TRAJECTORY.md of a run as text: the card's ten tables, the changes of each figure, and their reading in plain words."""
     K, settings, noted = len(rows[0]["bpb"]["single"]), rows[-1].get("settings") or {}, notes(rows, reading)
     seed = "the seed" if reading["seed"] else f"the first row ({step_name(rows[0]['step'])})"
-
-    def mark(row):
-        return " (seed)" if reading["seed"] and row is rows[0] else ""
+    rows = [{**row, "mark": " (seed)" if reading["seed"] and row is rows[0] else ""} for row in rows]
 
     def where(phase):
         return f"rel_it = {phase['rel_it']:,} ({phase['position']} +{phase['offset']:,}, lrm = {phase['lrm']:.3f})" if phase else "—"
@@ -986,25 +989,25 @@ def report(name, rows, phases, record, reading):
              "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",
              "## Schedule", schedule_table(phases, record) if phases else "No phase table was found.", "## Branches",
              markdown(["Branch", "Step", "Phase position", "Notes"],
-                      [[step_name(r["step"]) + mark(r), f"{r['step']:,}", where(r["phase"]), noted[r["step"]]] for r in rows]),
+                      [[*branch(r), where(r["phase"]), noted[r["step"]]] for r in rows]),
              "## Trajectory measurements"]
     for table in make_tables(rows):
         if not has_values(table, rows):
             lines += [f"### {table.title}", "Not measured." if K > 1 else "One stage: nothing to measure."] if table.read else []
             continue
-        lines += [f"### {table.title}", value_table(table, rows, mark)]
+        lines += [f"### {table.title}", value_table(table, rows)]
         if table.read is None:
             continue
         columns = [c for c in table.columns if c.path[0] != "phase"]
         if len(rows) > 1:
             lines.append(markdown(["Change", "Step", *(c.header for c in columns)], [
-                [step_name(r["step"]), f"{r['step']:,}", *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)]
+                [*branch(r), *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)]
                 for before, r in zip(rows, rows[1:])]))
         lines.append("\n".join(told(c, reading["series"][path_name(c)], seed) for c in table.columns[table.read]))
         if K > 1 and columns[-1].path == ("crossover_gap",):
             lines.append(f"The product is better than the last stage alone, a negative gap, at: {step_names(reading['negative_gaps'])}. "
                          f"The gap changes sign at: {step_names(reading['gap_changes_sign'])}.")
-    lines += [f"### Sample-mode probe (FULL K={K}, greedy, {PROBE_TOKENS} tokens, 7-prompt fixed set)", sample_table(rows, mark),
+    lines += [f"### Sample-mode probe (FULL K={K}, greedy, {PROBE_TOKENS} tokens, 7-prompt fixed set)", sample_table(rows),
               "## Reading the table", *answers(rows, reading, seed)]
     return "\n\n".join(lines) + "\n"
 
@@ -1175,13 +1178,10 @@ def tables_of(rows):
     """The tables of single checkpoints, {path: row}, as text: one set for those with as many stages on the same text."""
     groups, several = {}, len({path.parent for path in rows}) > 1
     for path, row in rows.items():
-        groups.setdefault((len(row["bpb"]["single"]), get(row, ("settings", "slice_sha256"))), []).append((path, row))
-    tables = []
-    for pairs in groups.values():
-        of_group, place = [row for _, row in pairs], {id(row): f" of {path.parent}" * several for path, row in pairs}
-        tables += [f"### {table.title}\n\n" + value_table(table, of_group, lambda row: place[id(row)])
-                   for table in make_tables(of_group) if has_values(table, of_group)]
-    return "\n\n".join(tables)
+        alike = len(row["bpb"]["single"]), get(row, ("settings", "slice_sha256"))
+        groups.setdefault(alike, []).append({**row, "mark": f" of {path.parent}" if several else ""})
+    return "\n\n".join(f"### {table.title}\n\n{value_table(table, group)}"
+                       for group in groups.values() for table in make_tables(group) if has_values(table, group))
 
 
 @contextlib.contextmanager
