@@ -646,7 +646,7 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
 # Tables
 
 Column = namedtuple("Column", "header path decimals better unit")          # better: -1 lower, +1 higher, 0 neither; unit: "", %, x, + (signed)
-Table = namedtuple("Table", "title columns read")                          # read: the columns that the reading speaks of; None: no changes either
+Table = namedtuple("Table", "title columns read")                          # read: the figures that the reading speaks of; None: no changes either
 
 
 def make_tables(rows):
@@ -676,7 +676,7 @@ def make_tables(rows):
     return [
         Table("Per-checkpoint val BPB", [
             column("Phase rel_it", "phase", "rel_it", decimals=0), bpb(f"Training-log val BPB{sizes[0]}", "train_log_bpb", "full"),
-            bpb(f"Local-slice full K={K} BPB{sizes[1]}", "bpb", "full")], slice(1, 3)),
+            bpb(f"Local-slice full K={K} BPB{sizes[1]}", "bpb", "full")], slice(None)),
         Table("Per-stage BPB", [
             bpb(f"full K={K}", "bpb", "full"), *(bpb(f"single {s}", "bpb", "single", k) for k, s in enumerate(stages)),
             *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], slice(1, K + 1)),
@@ -763,8 +763,13 @@ def step_names(steps):
     return ", ".join(map(step_name, steps)) if steps else "none"
 
 
+def figures(table):
+    """The columns that are measured: without the phase, which is known beforehand."""
+    return [column for column in table.columns if column.path[0] != "phase"]
+
+
 def has_values(table, rows):
-    return any(get(row, column.path) is not None for row in rows for column in table.columns if column.path[0] != "phase")
+    return any(get(row, column.path) is not None for row in rows for column in figures(table))
 
 
 def markdown(header, rows):
@@ -786,6 +791,11 @@ def value_table(table, rows):
 
 # ---------------------------------------------------------------------------------------------------------------
 # The trajectory, read by rule
+
+def path_name(column):
+    """A column's key in the reading: bpb.single.0."""
+    return ".".join(map(str, column.path))
+
 
 def series(column, rows, after_warmup):
     """What the rows say of one column, as JSON, or None where none has it. after_warmup: steps that make envelope and records.
@@ -855,11 +865,6 @@ def read_trajectory(rows, phases):
         reading |= {"rate_per_2000_steps": 2000 * slope, "rate_since": after[-3:][0]["step"], "remaining_steps": remaining, "end": phase.end,
                     "projection": rows[-1]["bpb"]["full"] + slope * remaining}
     return reading
-
-
-def path_name(column):
-    """A column's key in the reading: bpb.single.0."""
-    return ".".join(map(str, column.path))
 
 
 def told(column, found, seed):
@@ -998,12 +1003,12 @@ def report(name, rows, phases, record, reading):
         lines += [f"### {table.title}", value_table(table, rows)]
         if table.read is None:
             continue
-        columns = [c for c in table.columns if c.path[0] != "phase"]
+        columns = figures(table)
         if len(rows) > 1:
             lines.append(markdown(["Change", "Step", *(c.header for c in columns)], [
                 [*branch(r), *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)]
                 for before, r in zip(rows, rows[1:])]))
-        lines.append("\n".join(told(c, reading["series"][path_name(c)], seed) for c in table.columns[table.read]))
+        lines.append("\n".join(told(c, reading["series"][path_name(c)], seed) for c in columns[table.read]))
         if K > 1 and columns[-1].path == ("crossover_gap",):
             lines.append(f"The product is better than the last stage alone, a negative gap, at: {step_names(reading['negative_gaps'])}. "
                          f"The gap changes sign at: {step_names(reading['gap_changes_sign'])}.")
@@ -1089,7 +1094,7 @@ def compare(names, runs, records):
     rows_are = f"the {'steps that both have' if common else 'last step of each: they have none in common'}"
     lines = [f"# {names[0]} (A) against {names[1]} (B)"] + [f"Rows are {rows_are}. Checkpoints left out: {left_out}."] * (left_out > 0)
     for table in make_tables(widest):
-        columns, cells = [c for c in table.columns if c.path[0] != "phase"], []
+        columns, cells = figures(table), []
         for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():
             for name, row in (("A", a), ("B", b)):
                 cells.append([f"{name} {step_name(row['step'])}", f"{row['step']:,}", *(shown(c, get(row, c.path)) for c in columns)])
