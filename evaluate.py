@@ -20,9 +20,9 @@ TRAJECTORY.md, trajectory.png. Definitions are in the docstrings and in README's
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
-import os
 import sys
 import time
 import traceback
@@ -1019,49 +1019,48 @@ def report(name, rows, phases, record, reading):
 
 def draw(file, rows, phases):
     """trajectory.png: bpb with lrm behind it, accuracy, routing and acceptance, WAND bounds, in grey. Raises ImportError without matplotlib."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, ((bpb, accuracy), (routing, bounds)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    import matplotlib.figure
     K, steps = len(rows[0]["bpb"]["single"]), [row["step"] for row in rows]
     styles = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ("--", "x")]
-
-    def line(axis, label, path, number, shade=0.0):
-        points, (dash, marker) = [(row["step"], get(row, path)) for row in rows if get(row, path) is not None], styles[number % len(styles)]
-        if points:
-            axis.plot(*zip(*points), color=str(shade), linestyle=dash, marker=marker, markersize=4, linewidth=1.2, label=label)
-    line(bpb, f"full K={K}, local slice", ("bpb", "full"), 0)
-    line(bpb, "training log", ("train_log_bpb", "full"), 1, 0.35)
+    panels = [                                                              # title, unit, lines: label, path, number of its style, grey
+        ("bits per byte", "bpb", [
+            (f"full K={K}, local slice", ("bpb", "full"), 0, 0.0),
+            ("training log", ("train_log_bpb", "full"), 1, 0.35),
+            ("single s0", ("bpb", "single", 0), 2, 0.2)]),
+        ("top-1 accuracy", "share of targets", [
+            *((f"s{k}", ("accuracy", "single", k), k + 1, 0.6 * (1 - k / K)) for k in range(K) if K > 1),
+            ("full", ("accuracy", "full"), 0, 0.0)]),
+        ("confidence routing and acceptance", "share of positions", [
+            ("routed to s0", ("routing", "fraction"), 0, 0.0),
+            ("s0 = full (base agreement)", ("routing", "base_agreement"), 1, 0.35),
+            ("acceptance of 4 drafts", ("speculative", "acceptance"), 2, 0.0)]),
+        ("WAND p99 bounds", "nats", [(f"{k} → {k + 1}", ("wand", "p99_bounds", k), k, 0.25 * k / K) for k in range(K - 1)])]
+    figure = matplotlib.figure.Figure(figsize=(10, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    for axis, (title, unit, lines) in zip(axes.flat, panels):
+        for label, path, number, grey in lines:
+            points = [(row["step"], get(row, path)) for row in rows if get(row, path) is not None]
+            dash, marker = styles[number % len(styles)]
+            if points:
+                axis.plot(*zip(*points), color=str(grey), linestyle=dash, marker=marker, markersize=4, linewidth=1.2, label=label)
+        axis.set(title=title, ylabel=unit)
+        if axis.lines:
+            axis.legend(fontsize=8)
+        else:
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
     if phases:
-        behind = bpb.twinx()
+        bpb, behind = axes[0, 0], axes[0, 0].twinx()
         grid = [int(s) for s in np.unique(np.linspace(steps[0], steps[-1], 400).round()) if s >= phases[0].anchor]
         lrm = [learning_rate(phases[phase_index(phases, s)], s) for s in grid]
         behind.fill_between(grid, lrm, color="0.9", linewidth=0)
         behind.set(ylabel="lrm (shaded)", ylim=(0, 1.6 * max([*lrm, 1e-9])), yticks=[0, round(max(lrm, default=0), 3)])
         bpb.set_zorder(behind.get_zorder() + 1)
         bpb.patch.set_visible(False)
-    for k in range(K if K > 1 else 0):
-        line(accuracy, f"s{k}", ("accuracy", "single", k), k + 1, 0.6 * (1 - k / K))
-    line(bpb, "single s0", ("bpb", "single", 0), 2, 0.2)
-    line(accuracy, "full", ("accuracy", "full"), 0)
-    line(routing, "routed to s0", ("routing", "fraction"), 0)
-    line(routing, "s0 = full (base agreement)", ("routing", "base_agreement"), 1, 0.35)
-    line(routing, "acceptance of 4 drafts", ("speculative", "acceptance"), 2)
-    for k in range(K - 1):
-        line(bounds, f"{k} → {k + 1}", ("wand", "p99_bounds", k), k, 0.25 * k / K)
-    for axis, title, label in ((bpb, "bits per byte", "bpb"), (accuracy, "top-1 accuracy", "share of targets"),
-                               (routing, "confidence routing and acceptance", "share of positions"), (bounds, "WAND p99 bounds", "nats")):
-        axis.set(title=title, ylabel=label)
-        if axis.lines:
-            axis.legend(fontsize=8)
-        else:
-            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
-    for axis in (routing, bounds):
-        axis.set_xlabel("step")
-    temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    os.replace(temporary, file)
-    plt.close(figure)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130, format="png")
+    write_whole(file, image.getvalue())
 
 
 def compare(names, runs, records):
