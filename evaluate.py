@@ -942,14 +942,13 @@ def notes(rows, reading):
 
 def schedule_table(phases, record):
     """The card's table of the schedule's parameters, newest phase first."""
-    T, table = get(record, ("model", "sequence_len")), record.get("phases") or [{}] * len(phases)
+    T, table = get(record, ("model", "sequence_len")), record["phases"]
     batches = [row.get("batch") for row in table]
     rows = [["token budget", *(scaled(p.num_steps * batch * T) if isinstance(batch, int) and isinstance(T, int) else "—"
                                for p, batch in zip(phases, batches))]]
-    for text, value in (("total steps in phase", lambda p: f"{p.num_steps:,}"), ("warmup steps", lambda p: f"{p.warmup_steps:,}"),
-                        ("peak `lrm`", lambda p: f"{p.peak_lrm:g}"), ("warmdown ratio", lambda p: f"{p.warmdown_ratio:g}"),
-                        ("final `lrm`", lambda p: f"{p.final_lrm:g}"), ("anchor step", lambda p: f"{p.anchor:,}")):
-        rows.append([text, *map(value, phases)])
+    for text, name, form in (("total steps in phase", "num_steps", ","), ("warmup steps", "warmup_steps", ","), ("peak `lrm`", "peak_lrm", "g"),
+                             ("warmdown ratio", "warmdown_ratio", "g"), ("final `lrm`", "final_lrm", "g"), ("anchor step", "anchor", ",")):
+        rows.append([text, *(f"{getattr(p, name):{form}}" for p in phases)])
     for name in ("matrix_lr", "embedding_lr", "unembedding_lr"):
         rates = [row.get(name, get(record, ("train", name))) for row in table]
         if all(isinstance(rate, (int, float)) for rate in rates):
