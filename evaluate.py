@@ -437,29 +437,29 @@ def probe(model, tokenizer):
 
     A context too short for a prompt gives no completion, and one too short for 60 tokens a shorter one.
     """
-    samples = []
+    texts = []
     for prompt in PROBE:
         room = min(PROBE_TOKENS, model.config.sequence_len + 1 - len(tokenizer.encode(prompt)))
-        text = next(complete(model, tokenizer, [prompt], room, Plan(range(model.config.n_stage))))["completion"] if room > 0 else ""
-        samples.append({"prompt": prompt, "completion": text})
-    text = {sample["prompt"]: sample["completion"] for sample in samples}
-    planets = [planet in text[PROBE[4]] for planet in PLANETS]
-    return samples, {"Paris": "Paris" in text[PROBE[0]], "Au": "Au" in text[PROBE[1]], "79": "79" in text[PROBE[1]],
-                     "planets": all(planets), "planets_named": sum(planets), "2": "2" in text[PROBE[6]]}
+        texts.append(next(complete(model, tokenizer, [prompt], room, Plan(range(model.config.n_stage))))["completion"] if room > 0 else "")
+    france, gold, _, _, solar_system, _, algebra = texts
+    planets = [planet in solar_system for planet in PLANETS]
+    return [{"prompt": prompt, "completion": text} for prompt, text in zip(PROBE, texts)], {
+        "Paris": "Paris" in france, "Au": "Au" in gold, "79": "79" in gold,
+        "planets": all(planets), "planets_named": sum(planets), "2": "2" in algebra}
 
 
 def document_prompts(part, n_prompts, length):
     """The first `length` tokens, bos included, of the first documents of the report part that begin in a window and are as long there."""
     prompts, (source, _, window) = [], part.mix.locate(np.arange(part.n_windows))
     for i in range(part.n_calibration, part.n_windows):
-        if len(prompts) == n_prompts:
+        if len(prompts) >= n_prompts:
             break
         tokens = part.mix.window(source[i], window[i])
         begins = np.flatnonzero(tokens == part.tokenizer.bos)
         for begin, end in zip(begins, [*begins[1:], len(tokens)]):
-            if end - begin >= length and begin < part.mix.T and part.in_report[i, begin] and len(prompts) < n_prompts:
+            if end - begin >= length and begin < part.mix.T and part.in_report[i, begin]:
                 prompts.append(tokens[begin:begin + length].tolist())
-    return prompts
+    return prompts[:n_prompts]
 
 
 def speculation(model, part, n_prompts, fast):
@@ -476,8 +476,8 @@ def speculation(model, part, n_prompts, fast):
         return None, None
     engines = {name: Engine(model, plan, fast=fast) for name, plan in (
         ("plain", Plan(range(K))), ("speculative", Plan(range(K), draft_len=DRAFT_LEN)), ("s0", Plan(range(1))))}
-    for name in engines:
-        decode_timed(engines[name], probes[0], 1)                           # compile and capture
+    for engine in engines.values():
+        decode_timed(engine, probes[0], 1)                                  # compile and capture
     seconds, tokens, counts, identical = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0), [], []
     jobs = [(ids, min(NEW_TOKENS, context + 1 - length)) for ids in prompts] + [(ids, min(PROBE_TOKENS, context + 1 - len(ids))) for ids in probes]
     for ids, n in jobs:
@@ -522,7 +522,7 @@ def read_log(path):
 def train_log_bpb(run, step):
     """Full bpb that the run's own log has at `step`, with its token count; None where it has none."""
     found = [entry for entry in read_log(run / "log.jsonl") if entry["kind"] == "val" and entry["step"] == step]
-    full, tokens = (get(found[-1], ("bpb", "full")), found[-1].get("tokens")) if found else (None, None)
+    full, tokens = get(found, (-1, "bpb", "full")), get(found, (-1, "tokens"))
     return {"full": full, "tokens": tokens} if isinstance(full, float) and isinstance(tokens, int) else None
 
 
@@ -583,10 +583,10 @@ def open_slice(path, record, config, slices):
         mix = data.val(model["sequence_len"])
         split = config.split_tokens or (SPLIT_TOKENS if data.path else mix.n_in_first_epoch() * mix.T)
         n_windows = validation_windows(mix, split)
-        n_calibration = max(1, n_windows // 8) if config.wand_tokens is None else config.wand_tokens // mix.T
+        wand_tokens = config.wand_tokens or max(1, n_windows // 8) * mix.T
+        n_calibration = wand_tokens // mix.T
         if not 1 <= n_calibration < n_windows:
-            asked = n_calibration * mix.T if config.wand_tokens is None else config.wand_tokens
-            raise ValueError(f"--wand-tokens {asked} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give from "
+            raise ValueError(f"--wand-tokens {wand_tokens} must leave text on both sides of a slice of {n_windows * mix.T:,} tokens: give from "
                              f"{mix.T} (one window) to {(n_windows - 1) * mix.T:,}, or raise --split-tokens")
         slices[key] = Slice(mix, n_windows, n_calibration, data.tokenizer)
     return slices[key]
