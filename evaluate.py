@@ -597,19 +597,19 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
     device, dtype = choose_device(ranks.device_name(config.device), config.dtype)
     if path.name.startswith(".tmp-step-"):
         raise ValueError(f"{path} is a checkpoint being written right now; wait until it is step-XXXXX")
-    old = ranks.gather(read_object(path / "metrics.json"))[0]               # rank 0's: it may be writing one that was named twice
-    model, start = None, time.time()
+    metrics = ranks.gather(read_object(path / "metrics.json"))[0]           # rank 0's: it may be writing one that was named twice
+    start = time.time()
+    n_prompts = SPECULATIVE_PROMPTS[device.type] if config.speculative_prompts is None else config.speculative_prompts
     with ranks.agree():
         record, phases = read_record(path), phases_of(run_record(path), path.parent)
         part = open_slice(path, record, config, slices)
         settings = {"split_tokens": part.n_windows * part.mix.T, "wand_tokens": part.n_calibration * part.mix.T, "seed": VAL_SEED,
                     "slice_sha256": part.sha256, "routing_cap": config.routing_cap, "dtype": str(dtype).removeprefix("torch."),
-                    "samples": config.samples, "speculative_prompts": 0 if not config.samples else
-                    SPECULATIVE_PROMPTS[device.type] if config.speculative_prompts is None else config.speculative_prompts}
-        weights = get(read_object(path / "manifest.json"), ("files", "model.pt"))
-        done = whole(old) and old.get("settings") == {**settings, "weights_sha256": weights}
+                    "samples": config.samples, "speculative_prompts": n_prompts if config.samples else 0,
+                    "weights_sha256": get(read_object(path / "manifest.json"), ("files", "model.pt"))}
+        done = whole(metrics) and metrics.get("settings") == settings
         if not done:
-            model, record, weights = load_checkpoint(path, device, dtype)
+            model = load_checkpoint(path, device, dtype)[0]
             if config.compile:
                 model.compile_regions()
     if not done:
@@ -627,19 +627,19 @@ def evaluate_checkpoint(path, config, ranks, slices, progress=None):
                 if config.samples and ranks.rank == 0:
                     fast = on_cuda and config.compile is not False and kernels_fit(model)
                     samples, facts = probe(model, part.tokenizer)
-                    drafted, speeds = speculation(model, part, settings["speculative_prompts"], fast)
+                    drafted, speeds = speculation(model, part, n_prompts, fast)
     with ranks.agree():
         if not done and ranks.rank == 0:
-            old = {"format": FORMAT, "settings": {**settings, "weights_sha256": weights}, "step": record["step"],
-                   "phase": phase_position(phases, record["step"]), **measured, "speculative": drafted,
-                   "train_log_bpb": train_log_bpb(path.parent, record["step"]), "samples": samples, "facts": facts}
-            write_json(path / "metrics.json", old)
+            metrics = {"format": FORMAT, "settings": settings, "step": record["step"],
+                       "phase": phase_position(phases, record["step"]), **measured, "speculative": drafted,
+                       "train_log_bpb": train_log_bpb(path.parent, record["step"]), "samples": samples, "facts": facts}
+            write_json(path / "metrics.json", metrics)
             write_json(path / "timings.json", read_object(path / "timings.json") | {"evaluate": {
                 "load_seconds": round(loaded - start, 2), "pass_seconds": round(seconds, 2), "world_size": ranks.world_size,
                 "weight_bytes": weight_bytes, "peak_bytes": peak_bytes}, "speculative": speeds})
-        if ranks.rank == 0 and (bounds := get(old, ("wand", "p99_bounds"))):
+        if ranks.rank == 0 and (bounds := get(metrics, ("wand", "p99_bounds"))):
             write_bounds(path, bounds)
-    return {**old, "timings": read_object(path / "timings.json")}
+    return {**metrics, "timings": read_object(path / "timings.json")}
 
 
 # ---------------------------------------------------------------------------------------------------------------
