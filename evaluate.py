@@ -736,7 +736,7 @@ def change(column, row, base):
     value, other = get(row, column.path), get(base, column.path)
     if value is None or other is None:
         return None, None
-    blocks = [get(r.get("blocks"), column.path) for r in (row, base)]
+    blocks = [get(r, ("blocks", *column.path)) for r in (row, base)]
     if None not in blocks and row["settings"]["slice_sha256"] == base["settings"]["slice_sha256"]:
         counted, unit = ("tokens", 1.0) if column.path[0] == "accuracy" else ("bytes", math.log(2))
         sums, other_sums, n = (np.array(text.split(), dtype=np.float64) for text in (*blocks, row["blocks"][counted]))
@@ -877,7 +877,8 @@ def told(column, found, seed):
             doubt = "no standard error given" if of["stderr"] is None else \
                 f"s.e. {shown(column, of['stderr']).lstrip('+')}, {'noise' if of['judged'] == 'noise' else 'beyond noise'}"
             text += f"; {shown(column, of['change'], True)} against {name} ({doubt})"
-    text, word, way, back = text + ".", *(("high", "rises", "drop") if column.better > 0 else ("low", "descents", "rise"))
+    text += "."
+    word, way, back = ("high", "rises", "drop") if column.better > 0 else ("low", "descents", "rise")
     if found["low"] and found["low"] != found["high"]:
         low, high = (f"{shown(column, found[end][1])} ({step_name(found[end][0])})" for end in ("low", "high"))
         text += f" Envelope {low} to {high}."
@@ -1210,8 +1211,10 @@ def evaluate(given, paths, ranks):
         steps = checkpoint_steps(path)
         if not steps and not path.name.startswith(("step-", ".tmp-step-")):
             raise FileNotFoundError(f"{path} holds no step-XXXXX checkpoint; train one with train.py --out {path}")
-        runs += [(path, steps)] if steps else []
-        singles += [] if steps else [path]
+        if steps:
+            runs.append((path, steps))
+        else:
+            singles.append(path)
     measured = []
     for run_path, steps in runs:
         rows, failed = gather_rows(steps, config, ranks, slices)
@@ -1230,7 +1233,7 @@ def evaluate(given, paths, ranks):
                 print(tables_of(rows))
     with ranks.together(), named(" and ".join(name for name, _, _ in measured)):
         if len(runs) == 2 and len(measured) == 2 and not config.json:
-            print(compare(*map(list, zip(*measured))))
+            print(compare(*zip(*measured)))
     if failures:
         raise ValueError(f"{len(failures)} of {sum(len(s) for _, s in runs) + len(singles)} checkpoints could not be reported: "
                          f"{', '.join(failures)}; the lines above say why")
