@@ -592,7 +592,7 @@ def open_slice(path, record, config, slices):
     return slices[key]
 
 
-def evaluate_checkpoint(path, config, ranks, slices, progress=None):
+def evaluate_checkpoint(path, config, ranks, slices, progress):
     """Measure one step directory unless its metrics.json has the same settings; write metrics.json, timings.json and the bounds."""
     device, dtype = choose_device(ranks.device_name(config.device), config.dtype)
     if path.name.startswith(".tmp-step-"):
@@ -1132,27 +1132,25 @@ class EvalConfig:
 
 
 def gather_rows(paths, config, ranks, slices):
-    """({path: row}, failures): the metrics of each step directory, measured or read; a bad one is told and left out."""
-    rows, failures, start, terminal = {}, [], time.time(), sys.stderr.isatty() and ranks.rank == 0
+    """{path: row}, the metrics of each step directory, measured or read; a bad one is told and left out."""
+    rows, start, terminal = {}, time.time(), sys.stderr.isatty() and ranks.rank == 0
     for number, path in enumerate(paths):
         def progress(done, of):
             part = (number + done / of) / len(paths)
-            if terminal:
-                print(f"\r{path.name} ({number + 1}/{len(paths)}) {done}/{of} windows eta:{(time.time() - start) * (1 / part - 1):.0f}s  ",
-                      end="", file=sys.stderr)
+            print(f"\r{path.name} ({number + 1}/{len(paths)}) {done}/{of} windows eta:{(time.time() - start) * (1 / part - 1):.0f}s  ",
+                  end="", file=sys.stderr)
         try:
-            rows[path] = evaluate_checkpoint(path, config, ranks, slices, progress) if config.measure else read_metrics(path)
+            rows[path] = evaluate_checkpoint(path, config, ranks, slices, progress if terminal else None) if config.measure else read_metrics(path)
         except (ValueError, OSError) as e:
             if len(paths) == 1:
                 raise
-            failures.append(str(path))
             if ranks.rank == 0:
                 print(f"skipping {path}: {' '.join(str(e).split())}", file=sys.stderr)
         if terminal:
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
         if config.json and ranks.rank == 0 and path in rows:
             print(json.dumps(rows[path]), flush=True)
-    return rows, failures
+    return rows
 
 
 def report_run(run, rows):
@@ -1203,22 +1201,21 @@ def named(what):
 
 def evaluate(given, paths, ranks):
     """Measure and report the runs and step directories at `paths`."""
-    config, singles, runs, failures, slices = EvalConfig(**given), [], [], [], {}
+    config, singles, runs, slices = EvalConfig(**given), [], [], {}
     device = choose_device(ranks.device_name(config.device))[0]
     if device.index is not None:
         torch.cuda.set_device(device)
     for path in paths:
-        steps = checkpoint_steps(path)
-        if not steps and not path.name.startswith(("step-", ".tmp-step-")):
-            raise FileNotFoundError(f"{path} holds no step-XXXXX checkpoint; train one with train.py --out {path}")
-        if steps:
+        if steps := checkpoint_steps(path):
             runs.append((path, steps))
-        else:
+        elif path.name.startswith(("step-", ".tmp-step-")):
             singles.append(path)
-    measured = []
+        else:
+            raise FileNotFoundError(f"{path} holds no step-XXXXX checkpoint; train one with train.py --out {path}")
+    measured, missing = [], []
     for run_path, steps in runs:
-        rows, failed = gather_rows(steps, config, ranks, slices)
-        failures += failed
+        rows = gather_rows(steps, config, ranks, slices)
+        missing += [str(step) for step in steps if step not in rows]
         with ranks.together(), named(str(run_path)):
             if rows and ranks.rank == 0:
                 text, reading = report_run(run_path, [*rows.values()])
@@ -1226,17 +1223,17 @@ def evaluate(given, paths, ranks):
                 if config.json or len(runs) != 2:
                     print(json.dumps(reading) if config.json else text)
     if singles:
-        rows, failed = gather_rows(singles, config, ranks, slices)
-        failures += failed
+        rows = gather_rows(singles, config, ranks, slices)
+        missing += [str(step) for step in singles if step not in rows]
         with ranks.together(), named(", ".join(map(str, rows))):
             if rows and ranks.rank == 0 and not config.json:
                 print(tables_of(rows))
     with ranks.together(), named(" and ".join(name for name, _, _ in measured)):
         if len(runs) == 2 and len(measured) == 2 and not config.json:
             print(compare(*zip(*measured)))
-    if failures:
-        raise ValueError(f"{len(failures)} of {sum(len(s) for _, s in runs) + len(singles)} checkpoints could not be reported: "
-                         f"{', '.join(failures)}; the lines above say why")
+    if missing:
+        raise ValueError(f"{len(missing)} of {sum(len(s) for _, s in runs) + len(singles)} checkpoints could not be reported: "
+                         f"{', '.join(missing)}; the lines above say why")
 
 
 def main(argv=None):
