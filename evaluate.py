@@ -380,23 +380,24 @@ def slice_metrics(sums):
     n_bytes, tokens = sums["bytes"][:, 0], sums["tokens"][:, 0]
     totals = {name: value.sum(axis=0).tolist() for name, value in sums.items()}
     metrics = summarize({**totals, "tokens": int(tokens.sum()), "bytes": int(n_bytes.sum())})
-    nats = {"bpb": {"full": sums["nats_prefix"][:, -1], "single": [*sums["nats_single"].T], "prefix": [*sums["nats_prefix"].T]},
-            "alpha_sweep": {"0": sums["nats_prefix"][:, -1], **{f"{a:g}": column for a, column in zip(ALPHAS, sums["nats_alpha"].T)}},
-            "crossover_gap": sums["nats_prefix"][:, -1] - sums["nats_single"][:, -1]}
-    metrics["alpha_sweep"] = {name: column.sum() / (math.log(2) * n_bytes.sum()) for name, column in nats["alpha_sweep"].items()}
-    metrics["bpb"]["full_stderr"] = ratio(nats["bpb"]["full"] / math.log(2), n_bytes)[1]
-    metrics["crossover_gap_stderr"] = ratio(nats["crossover_gap"] / math.log(2), n_bytes)[1]
+    full, hits = sums["nats_prefix"][:, -1], sums["hits_prefix"][:, -1]
+    blocks = {"bytes": n_bytes, "tokens": tokens,
+              "bpb": {"full": full, "single": [*sums["nats_single"].T], "prefix": [*sums["nats_prefix"].T]},
+              "alpha_sweep": {"0": full, **{f"{a:g}": column for a, column in zip(ALPHAS, sums["nats_alpha"].T)}},
+              "crossover_gap": full - sums["nats_single"][:, -1],
+              "accuracy": {"full": hits, "single": [*sums["hits_single"].T]}}
+    metrics["alpha_sweep"] = {name: nats.sum() / (math.log(2) * n_bytes.sum()) for name, nats in blocks["alpha_sweep"].items()}
+    metrics["bpb"]["full_stderr"] = ratio(full / math.log(2), n_bytes)[1]
+    metrics["crossover_gap_stderr"] = ratio(blocks["crossover_gap"] / math.log(2), n_bytes)[1]
     put(metrics["accuracy"], "single", sums["hits_single"], tokens)
-    put(metrics["accuracy"], "full", sums["hits_prefix"][:, -1], tokens)
+    put(metrics["accuracy"], "full", hits, tokens)
 
     def text(value):
         """A list of numbers as one string: a line of the file, not one per number."""
         if isinstance(value, dict):
             return {name: text(v) for name, v in value.items()}
         return [text(v) for v in value] if isinstance(value, list) else " ".join(f"{v:.4f}".rstrip("0").rstrip(".") for v in value)
-    hits = {"full": sums["hits_prefix"][:, -1], "single": [*sums["hits_single"].T]}
-    metrics["blocks"] = text({"bytes": n_bytes, "tokens": tokens, **nats, "accuracy": hits})
-    return metrics
+    return metrics | {"blocks": text(blocks)}
 
 
 def adaptive_metrics(report, found, cap, read_bytes):
