@@ -833,16 +833,16 @@ def read_trajectory(rows, phases):
     phase, K = phases[-1] if phases else None, len(rows[0]["bpb"]["single"])
     after = [row for row in rows if phase is None or row["step"] - phase.anchor >= phase.warmup_steps]
     found = {path_name(c): series(c, rows, {row["step"] for row in after}) for table in make_tables(rows) for c in table.columns}
-    full, gaps = [(row["step"], row["bpb"]["full"]) for row in after], [(row["step"], row["crossover_gap"]) for row in rows]
+    curve, gaps = [(row["step"], row["bpb"]["full"]) for row in after], [(row["step"], row["crossover_gap"]) for row in rows]
     levels, lowest = {}, math.inf                                           # {step: the lowest 0.01 that it was the first to go below}
-    for step, value in full:
+    for step, value in curve:
         level = (math.floor(100 * value) + 1) / 100
         if value < level <= lowest < math.inf:
             levels[step] = level
         lowest = min(lowest, value)
     reading = {"kind": "trajectory", "reference": rows[0]["step"], "seed": get(rows[0], ("phase", "rel_it")) == 0, "last": rows[-1]["step"],
-               "entry": full[0][0] if full else None, "below_entry": next((step for step, b in full if b < full[0][1]), None),
-               "below_reference": next((step for step, b in full if b < rows[0]["bpb"]["full"]), None), "levels": levels,
+               "entry": get(curve, (0, 0)), "below_entry": next((step for step, b in curve if b < curve[0][1]), None),
+               "below_reference": next((step for step, b in curve if b < rows[0]["bpb"]["full"]), None), "levels": levels,
                "negative_gaps": [step for step, gap in gaps if gap < 0],
                "gap_changes_sign": [b[0] for a, b in zip(gaps, gaps[1:]) if (a[1] < 0) != (b[1] < 0)],
                "noise_known": get(rows[-1], ("blocks", "bytes")) is not None, "series": found}
@@ -858,12 +858,13 @@ def read_trajectory(rows, phases):
     together = None if K == 1 else stages[0] if len(set(stages)) == 1 else "noise"
     votes = [full, together, accuracy, routing, acceptance]
     better, worse, noise = (votes.count(word) for word in ("better", "worse", "noise"))
-    reading |= {"votes": {"better": better, "worse": worse, "noise": noise}, "verdict": None if full is None else
-                "win" if full == "better" and better > max(1, worse) else "regression" if full == "worse" and worse > max(1, better) else "null"}
+    won, lost = full == "better" and better > max(1, worse), full == "worse" and worse > max(1, better)
+    reading |= {"votes": {"better": better, "worse": worse, "noise": noise},
+                "verdict": None if full is None else "win" if won else "regression" if lost else "null"}
     if phase and len(after) > 1:
-        points = np.array([(row["step"], row["bpb"]["full"]) for row in after[-3:]])
-        slope, remaining = float(np.polyfit(points[:, 0] - points[-1, 0], points[:, 1], 1)[0]), max(0, phase.end - rows[-1]["step"])
-        reading |= {"rate_per_2000_steps": 2000 * slope, "rate_since": after[-3:][0]["step"], "remaining_steps": remaining, "end": phase.end,
+        steps, values = np.array(curve[-3:]).T
+        slope, remaining = float(np.polyfit(steps - steps[-1], values, 1)[0]), max(0, phase.end - rows[-1]["step"])
+        reading |= {"rate_per_2000_steps": 2000 * slope, "rate_since": curve[-3:][0][0], "remaining_steps": remaining, "end": phase.end,
                     "projection": rows[-1]["bpb"]["full"] + slope * remaining}
     return reading
 
