@@ -848,7 +848,7 @@ def read_trajectory(rows, phases):
                "noise_known": get(rows[-1], ("blocks", "bytes")) is not None, "series": found}
 
     def against_reference(*names):
-        return [found[name]["vs_reference"]["judged"] if found.get(name) else None for name in names]
+        return [get(found, (name, "vs_reference", "judged")) for name in names]
 
     full, accuracy, routing, acceptance = against_reference("bpb.full", "accuracy.full", "routing.fraction", "speculative.acceptance")
     stages, bounds = (against_reference(*(f"{name}.{k}" for k in range(n))) for name, n in (("bpb.single", K), ("wand.p99_bounds", K - 1)))
@@ -874,8 +874,12 @@ def told(column, found, seed):
     if found is None:
         return f"- {column.header}: not measured."
     text = f"{shown(column, found['last'])} at {step_name(found['step'])}"
-    for name, of in ((seed, found["vs_reference"]), (step_name(found["vs_previous"]["step"]), found["vs_previous"])):
-        if of["change"] is not None and not (of is found["vs_previous"] and of["step"] == found["vs_reference"]["step"]):
+    reference, previous = found["vs_reference"], found["vs_previous"]
+    bases = [(seed, reference)]
+    if previous["step"] != reference["step"]:
+        bases.append((step_name(previous["step"]), previous))
+    for name, of in bases:
+        if of["change"] is not None:
             doubt = "no standard error given" if of["stderr"] is None else \
                 f"s.e. {shown(column, of['stderr']).lstrip('+')}, {'noise' if of['judged'] == 'noise' else 'beyond noise'}"
             text += f"; {shown(column, of['change'], True)} against {name} ({doubt})"
@@ -898,8 +902,8 @@ def answers(rows, reading, seed):
 
     def answer(verdict, name):
         found = reading["series"].get(name)
-        by = shown(columns[name], found["vs_reference"]["change"], True) if found else "—"
-        return words[verdict] + (f" ({by} at {step_name(found['step'])})" if by != "—" else "")
+        delta = get(found, ("vs_reference", "change"))
+        return words[verdict] + (f" ({shown(columns[name], delta, True)} at {step_name(found['step'])})" if delta is not None else "")
 
     def known(graded):
         if not graded:
