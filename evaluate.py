@@ -918,16 +918,19 @@ def answers(rows, reading, seed):
         f"6. **Facts** (by substring): {'; '.join(f'{fact} {known(graded)}' for fact, graded in asked['facts'].items())}."])]
     if reading["verdict"] and len(rows) > 1:
         paragraphs.append(
-            f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. Of full bpb, stage bpb, accuracy, "
-            f"routing and acceptance, {vote['better']} are better, {vote['worse']} worse, {vote['noise']} within noise or mixed."
+            f"**Verdict: {reading['verdict']}** against {seed}{' so far' if reading.get('remaining_steps') else ''}. "
+            f"Of full bpb, stage bpb, accuracy, routing and acceptance, {vote['better']} are better, {vote['worse']} worse, "
+            f"{vote['noise']} within noise or mixed."
             f"{'' if reading['noise_known'] else ' No standard errors were given: signs alone decide.'} A win or a regression needs full bpb, at "
             f"least one more, and more on its side than against it; everything else is null.")
     if "projection" in reading:
-        goes_on = f"; drawn on in a straight line, which knows nothing of the schedule, it ends at {reading['projection']:.4f}, " \
+        end = ": the phase is complete."
+        if reading["remaining_steps"]:
+            end = f"; drawn on in a straight line, which knows nothing of the schedule, it ends at {reading['projection']:.4f}, " \
                   f"{reading['projection'] - rows[0]['bpb']['full']:+.4f} against {seed}."
-        paragraphs.append(f"**Projection**: full bpb changes by {reading['rate_per_2000_steps']:+.6f} per 2,000 steps (line through "
-                          f"{step_name(reading['rate_since'])} to {step_name(reading['last'])}). {reading['remaining_steps']:,} steps remain to {reading['end']:,}"
-                          + (goes_on if reading["remaining_steps"] else ": the phase is complete."))
+        paragraphs.append(f"**Projection**: full bpb changes by {reading['rate_per_2000_steps']:+.6f} per 2,000 steps "
+                          f"(line through {step_name(reading['rate_since'])} to {step_name(reading['last'])}). "
+                          f"{reading['remaining_steps']:,} steps remain to {reading['end']:,}{end}")
     return paragraphs
 
 
@@ -990,10 +993,10 @@ def report(name, rows, phases, record, reading):
     measured_on = "." if not settings.get("slice_sha256") else f" on {settings['split_tokens']:,} tokens of validation text (sha256 " \
         f"{settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} calibrate bounds and thresholds."
     lines = [f"# Trajectory of {name}",
-             f"{len(rows)} checkpoint{'s'[:len(rows) > 1]}, {step_name(rows[0]['step'])} to {step_name(rows[-1]['step'])}, {K} stage{'s'[:K > 1]}, measured by "
-             f"`python evaluate.py`{measured_on}",
-             f"Below a table: the change of each figure against the previous row / against {seed}; then its reading, in which envelopes, records, rises "
-             f"and drops are of the rows after the phase's warmup. " + (
+             f"{len(rows)} checkpoint{'s'[:len(rows) > 1]}, {step_name(rows[0]['step'])} to {step_name(rows[-1]['step'])}, "
+             f"{K} stage{'s'[:K > 1]}, measured by `python evaluate.py`{measured_on}",
+             f"Below a table: the change of each figure against the previous row / against {seed}; then its reading, in which envelopes, "
+             f"records, rises and drops are of the rows after the phase's warmup. " + (
                  "≈ marks a change within two standard errors: noise. Those of bpb and accuracy are paired by document; end-to-end speedups are "
                  "timings and have none." if reading["noise_known"] else
                  "No standard error is given in these measurements, so none of the changes can be told from noise."),
@@ -1118,8 +1121,9 @@ class EvalConfig:
     wand_tokens: int = flag(None, "tokens at the beginning of the slice that calibrate bounds and thresholds (default: an eighth of the slice)")
     routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the target")
     samples: bool = flag(True, "generate text too: the sample-mode probe (7 prompts, 60 greedy tokens) and speculative decoding")
-    speculative_prompts: int = flag(None, f"documents whose first {PROMPT_TOKENS} tokens are continued for {NEW_TOKENS} to measure speculative decoding "
-                                          f"(default: {SPECULATIVE_PROMPTS['cuda']} on cuda, {SPECULATIVE_PROMPTS['cpu']} on the CPU; 0: not measured)")
+    speculative_prompts: int = flag(None, f"documents whose first {PROMPT_TOKENS} tokens are continued for {NEW_TOKENS} to measure "
+                                          f"speculative decoding (default: {SPECULATIVE_PROMPTS['cuda']} on cuda, {SPECULATIVE_PROMPTS['cpu']} "
+                                          f"on the CPU; 0: not measured)")
     measure: bool = flag(True, "measure what is not measured yet with these settings; --no-measure reports from the metrics.json there are")
     device_batch_size: int = flag(8, "sequences in a forward pass")
     device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -1199,8 +1203,9 @@ def named(what):
         yield
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         place = traceback.extract_tb(e.__traceback__)[-1]
-        raise ValueError(f"no report can be made of metrics.json or timings.json of {what} ({e!r} at {Path(place.filename).name}:{place.lineno}): where "
-                         f"something else wrote or changed them, move them away and measure again; else this is a bug of evaluate.py") from e
+        raise ValueError(f"no report can be made of metrics.json or timings.json of {what} "
+                         f"({e!r} at {Path(place.filename).name}:{place.lineno}): where something else wrote or changed them, "
+                         f"move them away and measure again; else this is a bug of evaluate.py") from e
     except ValueError as e:
         raise ValueError(f"{what}: {e}" if what not in str(e) else str(e)) from e
 
