@@ -646,8 +646,10 @@ def evaluate_checkpoint(path, config, ranks, slices, progress):
 # ---------------------------------------------------------------------------------------------------------------
 # Tables
 
-Column = namedtuple("Column", "header path decimals better unit")          # better: -1 lower, +1 higher, 0 neither; unit: "", %, x, + (signed)
-Table = namedtuple("Table", "title columns read")                          # read: the figures that the reading speaks of; None: no changes either
+# better: -1 lower, +1 higher, 0 neither. unit: "", %, x, + (signed). read: the figures that the reading speaks of; None: no changes either
+Column = namedtuple("Column", "header path decimals better unit", defaults=(4, 0, ""))
+Table = namedtuple("Table", "title columns read")
+BPB, SHARE, SPEEDUP = (6, -1, ""), (2, 0, "%"), (3, 1, "x")                 # decimals, better and unit of columns
 
 
 def make_tables(rows):
@@ -656,59 +658,53 @@ def make_tables(rows):
     stages, steps = [f"s{k}" for k in range(K)], [f"{k} → {k + 1}" for k in range(K - 1)]
     sizes = [f" ({scaled(n)} tokens)" if n else "" for n in (get(last, ("train_log_bpb", "tokens")), last.get("tokens"))]
     alphas = {"0": "α=0 (geom-mean)", "0.25": "α=0.25", "0.5": "α=0.5 (Bayesian √K)", "0.75": "α=0.75", "1": "α=1.0 (pure sum / Log-OP)"}
-
-    def column(header, *path, decimals=4, better=0, unit=""):
-        return Column(header, path, decimals, better, unit)
-
-    def bpb(header, *path):
-        return column(header, *path, decimals=6, better=-1)
-
-    def share(header, *path, better=0):
-        return column(header, *path, decimals=2, better=better, unit="%")
-
-    def speedup(header, *path, decimals=3):
-        return column(header, *path, decimals=decimals, better=1, unit="x")
-
-    exits = [c for name, form in (("p99", ("wand",)), ("margin", ("wand", "margin"))) for c in (
-        *(share(f"{name} exits {s}", *form, "exit_fraction", k) for k, s in enumerate(stages)),
-        column(f"{name} violations", *form, "violation_rate", decimals=6, better=-1),
-        column(f"{name} agreement", *form, "agreement", decimals=6, better=1), speedup(f"{name} speedup", *form, "projected_speedup"))]
     curve = [(i, leaving) for i, leaving in enumerate(CURVE_SHARES) if i % 4 == 3 and get(last, ("routing", "curve"))]
+    exits = []
+    for name, form in (("p99", ("wand",)), ("margin", ("wand", "margin"))):
+        exits += [*(Column(f"{name} exits {s}", (*form, "exit_fraction", k), *SHARE) for k, s in enumerate(stages)),
+                  Column(f"{name} violations", (*form, "violation_rate"), 6, -1),
+                  Column(f"{name} agreement", (*form, "agreement"), 6, 1),
+                  Column(f"{name} speedup", (*form, "projected_speedup"), *SPEEDUP)]
     return [
         Table("Per-checkpoint val BPB", [
-            column("Phase rel_it", "phase", "rel_it", decimals=0), bpb(f"Training-log val BPB{sizes[0]}", "train_log_bpb", "full"),
-            bpb(f"Local-slice full K={K} BPB{sizes[1]}", "bpb", "full")], slice(None)),
+            Column("Phase rel_it", ("phase", "rel_it"), 0),
+            Column(f"Training-log val BPB{sizes[0]}", ("train_log_bpb", "full"), *BPB),
+            Column(f"Local-slice full K={K} BPB{sizes[1]}", ("bpb", "full"), *BPB)], slice(None)),
         Table("Per-stage BPB", [
-            bpb(f"full K={K}", "bpb", "full"), *(bpb(f"single {s}", "bpb", "single", k) for k, s in enumerate(stages)),
-            *(bpb(f"prefix K'={k}", "bpb", "prefix", k - 1) for k in range(1, K))], slice(1, K + 1)),
+            Column(f"full K={K}", ("bpb", "full"), *BPB),
+            *(Column(f"single {s}", ("bpb", "single", k), *BPB) for k, s in enumerate(stages)),
+            *(Column(f"prefix K'={k}", ("bpb", "prefix", k - 1), *BPB) for k in range(1, K))], slice(1, K + 1)),
         Table("Per-stage standalone target accuracy", [
-            *(column(s, "accuracy", "single", k, better=1) for k, s in enumerate(stages)),
-            column("full", "accuracy", "full", better=1)], slice(None)),
+            *(Column(s, ("accuracy", "single", k), 4, 1) for k, s in enumerate(stages)),
+            Column("full", ("accuracy", "full"), 4, 1)], slice(None)),
         Table(f"Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)", [
-            column("acceptance α", "speculative", "acceptance", better=1),
-            column("mean accepted / 4", "speculative", "mean_accepted", decimals=2, better=1),
-            speedup("end-to-end speedup", "timings", "speculative", "speedup", decimals=2)], slice(1)),
+            Column("acceptance α", ("speculative", "acceptance"), 4, 1),
+            Column("mean accepted / 4", ("speculative", "mean_accepted"), 2, 1),
+            Column("end-to-end speedup", ("timings", "speculative", "speedup"), 2, 1, "x")], slice(1)),
         Table(f"Confidence-aware routing (target_regression cap = {get(last, ('routing', 'cap')) or 0.02:.3f})", [
-            share("fraction routed to stage 0", "routing", "fraction", better=1), speedup("projected speedup", "routing", "projected_speedup"),
-            column("base s0=full agreement", "routing", "base_agreement", better=1)], slice(None)),
+            Column("fraction routed to stage 0", ("routing", "fraction"), 2, 1, "%"),
+            Column("projected speedup", ("routing", "projected_speedup"), *SPEEDUP),
+            Column("base s0=full agreement", ("routing", "base_agreement"), 4, 1)], slice(None)),
         Table("WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)", [
-            column(f"bound {s}", "wand", "p99_bounds", k) for k, s in enumerate(steps)], slice(None)),
+            Column(f"bound {s}", ("wand", "p99_bounds", k)) for k, s in enumerate(steps)], slice(None)),
         Table("Bayesian PoE α-sweep (renormed BPB at α=0)", [
-            *(bpb(header, "alpha_sweep", a) for a, header in alphas.items()),
-            column(f"crossover gap (α=0 vs single s{K - 1})", "crossover_gap", decimals=6, unit="+")], slice(5, None)),
+            *(Column(header, ("alpha_sweep", a), *BPB) for a, header in alphas.items()),
+            Column(f"crossover gap (α=0 vs single s{K - 1})", ("crossover_gap",), 6, 0, "+")], slice(5, None)),
         Table("Self-speculative decoding: the card's 7 prompts, and speeds beside s0 alone", [
-            column("acceptance, 7 prompts", "speculative", "card_prompts", "acceptance"),
-            column("mean accepted / 4, 7 prompts", "speculative", "card_prompts", "mean_accepted", decimals=2),
-            *(column(f"tokens/s, {name}", "timings", "speculative", f"{key}_tokens_per_s", decimals=1)
+            Column("acceptance, 7 prompts", ("speculative", "card_prompts", "acceptance")),
+            Column("mean accepted / 4, 7 prompts", ("speculative", "card_prompts", "mean_accepted"), 2),
+            *(Column(f"tokens/s, {name}", ("timings", "speculative", f"{key}_tokens_per_s"), 1)
               for name, key in (("plain", "plain"), ("speculative", "speculative"), ("s0 alone", "s0"))),
-            bpb("bpb of s0 alone", "bpb", "single", 0)], None),
+            Column("bpb of s0 alone", ("bpb", "single", 0), *BPB)], None),
         Table("Adaptive depth, on other text than calibrated it", [
-            *(column(f"exceedance {s}", "wand", "exceedance", k) for k, s in enumerate(steps)), *exits], None),
+            *(Column(f"exceedance {s}", ("wand", "exceedance", k)) for k, s in enumerate(steps)), *exits], None),
         Table("Routing, on other text than calibrated it", [
-            column("threshold", "routing", "threshold"), share("oracle fraction", "routing", "oracle_fraction"),
-            column("agreement of the routed", "routing", "agreement"), column("mean cost of the routed, nats", "routing", "mean_cost"),
-            speedup("speedup at the card's cost 0.51", "routing", "projected_speedup_card"),
-            *(column(f"agreement with {leaving:.0%} leaving", "routing", "curve", i, "agreement") for i, leaving in curve)], None),
+            Column("threshold", ("routing", "threshold")),
+            Column("oracle fraction", ("routing", "oracle_fraction"), *SHARE),
+            Column("agreement of the routed", ("routing", "agreement")),
+            Column("mean cost of the routed, nats", ("routing", "mean_cost")),
+            Column("speedup at the card's cost 0.51", ("routing", "projected_speedup_card"), *SPEEDUP),
+            *(Column(f"agreement with {leaving:.0%} leaving", ("routing", "curve", i, "agreement")) for i, leaving in curve)], None),
     ]
 
 
@@ -1002,8 +998,7 @@ def report(name, rows, phases, record, reading):
                  "No standard error is given in these measurements, so none of the changes can be told from noise."),
              "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)",
              "## Schedule", schedule_table(phases, record) if phases else "No phase table was found.", "## Branches",
-             markdown(["Branch", "Step", "Phase position", "Notes"],
-                      [[*branch(r), where(r["phase"]), noted[r["step"]]] for r in rows]),
+             markdown(["Branch", "Step", "Phase position", "Notes"], [[*branch(r), where(r["phase"]), noted[r["step"]]] for r in rows]),
              "## Trajectory measurements"]
     for table in make_tables(rows):
         if not has_values(table, rows):
@@ -1015,8 +1010,7 @@ def report(name, rows, phases, record, reading):
         columns = figures(table)
         if len(rows) > 1:
             lines.append(markdown(["Change", "Step", *(c.header for c in columns)], [
-                [*branch(r), *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)]
-                for before, r in zip(rows, rows[1:])]))
+                [*branch(r), *(f"{cell(c, r, before)} / {cell(c, r, rows[0])}" for c in columns)] for before, r in zip(rows, rows[1:])]))
         lines.append("\n".join(told(c, reading["series"][path_name(c)], seed) for c in columns[table.read]))
         if K > 1 and columns[-1].path == ("crossover_gap",):
             lines.append(f"The product is better than the last stage alone, a negative gap, at: {step_names(reading['negative_gaps'])}. "
@@ -1099,7 +1093,7 @@ def compare(names, runs, records):
         scale = 100 / abs(get(b, column.path))
         return f"{scale * delta:+.2f} %" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
     left_out = sum(map(len, by_step)) - 2 * len(pairs)
-    rows_are = f"the {'steps that both have' if common else 'last step of each: they have none in common'}"
+    rows_are = "the steps that both have" if common else "the last step of each: they have none in common"
     lines = [f"# {names[0]} (A) against {names[1]} (B)"] + [f"Rows are {rows_are}. Checkpoints left out: {left_out}."] * (left_out > 0)
     for table in make_tables(widest):
         columns, cells = figures(table), []
