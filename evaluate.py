@@ -406,18 +406,18 @@ def adaptive_metrics(report, found, cap, read_bytes):
     violation_rate: among the positions that stopped early. agreement: of all positions, those that ran to the end included; so
     1 - agreement = violation_rate (1 - exit_fraction[K - 1]). projected_speedup: full's bytes over the mean bytes read.
     """
-    tokens, out = report["tokens"][:, 0], {}
-    for name in ("wand", "margin"):
+    tokens, routed = report["tokens"][:, 0], report["routed"][:, 0]
+    *thresholds, tau = [None if math.isinf(t) else t for t in (*found["margins"].tolist(), *found["tau"].tolist())]
+    wand = {"p99_bounds": found["bounds"].tolist(), "p99_bounds_stderr": found["bounds_stderr"].tolist(), "report_tokens": int(tokens.sum())}
+    margin, routing = {"cap": MARGIN_CAP, "thresholds": thresholds}, {"cap": cap, "threshold": tau}
+    for name, form in (("wand", wand), ("margin", margin)):
         exits, violation = report[f"{name}_exit"], report[f"{name}_violation"][:, 0]
-        put(out.setdefault(name, {}), "violation_rate", violation, tokens - exits[:, -1])
-        put(out[name], "exit_fraction", exits, tokens)
-        put(out[name], "agreement", tokens - violation, tokens)
-        out[name]["projected_speedup"] = read_bytes[-1] / float(np.dot(out[name]["exit_fraction"], read_bytes))
-    put(out["wand"], "exceedance", report["exceedance"], tokens)
-    thresholds = [None if math.isinf(t) else t for t in found["margins"].tolist()]
-    wand = {"p99_bounds": found["bounds"].tolist(), "p99_bounds_stderr": found["bounds_stderr"].tolist(), "report_tokens": int(tokens.sum()),
-            **out["wand"], "margin": {"cap": MARGIN_CAP, "thresholds": thresholds, **out["margin"]}}
-    routed, routing = report["routed"][:, 0], {"cap": cap, "threshold": None if math.isinf(found["tau"][0]) else float(found["tau"][0])}
+        put(form, "violation_rate", violation, tokens - exits[:, -1])
+        put(form, "exit_fraction", exits, tokens)
+        put(form, "agreement", tokens - violation, tokens)
+        form["projected_speedup"] = read_bytes[-1] / float(np.dot(form["exit_fraction"], read_bytes))
+    put(wand, "exceedance", report["exceedance"], tokens)
+    wand["margin"] = margin
     put(routing, "fraction", routed, tokens)
     put(routing, "oracle_fraction", report["oracle"][:, 0], tokens)
     put(routing, "agreement", report["routed_agree"][:, 0], routed)
