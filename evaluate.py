@@ -479,22 +479,17 @@ def speculation(model, part, n_prompts, fast):
         ("plain", Plan(range(K))), ("speculative", Plan(range(K), draft_len=DRAFT_LEN)), ("s0", Plan(range(1))))}
     for engine in engines.values():
         decode_timed(engine, probes[0], 1)                                  # compile and capture
-    seconds, tokens, counts, identical = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0), [], []
     jobs = [(ids, min(NEW_TOKENS, context + 1 - length)) for ids in prompts] + [(ids, min(PROBE_TOKENS, context + 1 - len(ids))) for ids in probes]
-    for ids, n in jobs:
-        made = {name: decode_timed(engine, ids, n) for name, engine in engines.items()}
-        identical.append(made["plain"].ids[:n] == made["speculative"].ids[:n])
-        counts.append((made["speculative"].accepted, made["speculative"].judged, made["speculative"].cycles))
-        for name, of in made.items():
-            seconds[name] += of.seconds
-            tokens[name] += len(of.ids)
-    accepted, judged, cycles = np.array(counts, dtype=np.float64).T
+    made = [{name: decode_timed(engine, ids, n) for name, engine in engines.items()} for ids, n in jobs]
+    identical = all(of["plain"].ids[:n] == of["speculative"].ids[:n] for of, (_, n) in zip(made, jobs))
+    drafted = [of["speculative"] for of in made]
+    accepted, judged, cycles = np.array([(of.accepted, of.judged, of.cycles) for of in drafted], dtype=np.float64).T
     metrics = {"draft_len": DRAFT_LEN, "prompts": len(prompts), "new_tokens": jobs[0][1], "judged": int(judged[:len(prompts)].sum()),
-               "identical_to_plain": all(identical), "card_prompts": {}}
+               "identical_to_plain": identical, "card_prompts": {}}
     for into, rows in ((metrics, slice(len(prompts))), (metrics["card_prompts"], slice(len(prompts), None))):
         put(into, "acceptance", accepted[rows], judged[rows])
         put(into, "mean_accepted", accepted[rows], cycles[rows])
-    speed = {name: tokens[name] / seconds[name] for name in engines}
+    speed = {name: sum(len(of[name].ids) for of in made) / sum(of[name].seconds for of in made) for name in engines}
     return metrics, {"speedup": speed["speculative"] / speed["plain"], "s0_speedup": speed["s0"] / speed["plain"],
                      **{f"{name}_tokens_per_s": value for name, value in speed.items()}, "kernels": fast}
 
