@@ -943,7 +943,7 @@ def notes(rows, reading):
 
 def schedule_table(phases, record):
     """The card's table of the schedule's parameters, newest phase first."""
-    T, table = get(record, ("model", "sequence_len")), record["phases"]
+    T, phases, table = get(record, ("model", "sequence_len")), phases[::-1], record["phases"][::-1]
     batches = [row.get("batch") for row in table]
     rows = [["token budget", *(scaled(p.num_steps * batch * T) if isinstance(batch, int) and isinstance(T, int) else "—"
                                for p, batch in zip(phases, batches))]]
@@ -954,7 +954,7 @@ def schedule_table(phases, record):
         rates = [row.get(name, get(record, ("train", name))) for row in table]
         if all(isinstance(rate, (int, float)) for rate in rates):
             rows.append([f"effective `{name}` peak", *(f"{rate * p.peak_lrm:g}" for rate, p in zip(rates, phases))])
-    return markdown(["param", *(f"phase {i + 1}" for i in reversed(range(len(phases))))], [[row[0], *reversed(row[1:])] for row in rows])
+    return markdown(["param", *(f"phase {n}" for n in range(len(phases), 0, -1))], rows)
 
 
 def sample_table(rows):
@@ -1091,12 +1091,13 @@ def compare(names, runs, records):
     rows_are = "the steps that both have" if common else "the last step of each: they have none in common"
     lines = [f"# {names[0]} (A) against {names[1]} (B)"] + [f"Rows are {rows_are}. Checkpoints left out: {left_out}."] * (left_out > 0)
     for table in make_tables(widest):
-        columns, cells = figures(table), []
-        for a, b in pairs if has_values(table, [row for pair in pairs for row in pair]) else ():
-            for name, row in (("A", a), ("B", b)):
-                cells.append([f"{name} {step_name(row['step'])}", f"{row['step']:,}", *(shown(c, get(row, c.path)) for c in columns)])
-            cells.append(["gap", "", *(gap(c, a, b) for c in columns)])
-        lines += [f"### {table.title}", markdown(["Branch", "Step", *(c.header for c in columns)], cells)] if cells else []
+        if has_values(table, [row for pair in pairs for row in pair]):
+            columns, cells = figures(table), []
+            for a, b in pairs:
+                for name, row in (("A", a), ("B", b)):
+                    cells.append([f"{name} {step_name(row['step'])}", f"{row['step']:,}", *(shown(c, get(row, c.path)) for c in columns)])
+                cells.append(["gap", "", *(gap(c, a, b) for c in columns)])
+            lines += [f"### {table.title}", markdown(["Branch", "Step", *(c.header for c in columns)], cells)]
     return "\n\n".join(lines)
 
 
