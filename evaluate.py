@@ -1165,14 +1165,14 @@ def report_run(run, rows):
     reading = read_trajectory(rows, phases)
     text = report(run.resolve().name, rows, phases, record, reading)
     try:
-        draw(run / "trajectory.png", rows, phases)
-    except ImportError:
-        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("!["))
-        print("matplotlib is missing, so there is no trajectory.png; pip install matplotlib draws it", file=sys.stderr)
+        try:
+            draw(run / "trajectory.png", rows, phases)
+        except ImportError:
+            text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("!["))
+            print("matplotlib is missing, so there is no trajectory.png; pip install matplotlib draws it", file=sys.stderr)
+        write_whole(run / "TRAJECTORY.md", text.encode())
     except OSError as e:
         print(f"TRAJECTORY.md and trajectory.png are not written, only printed: {e}", file=sys.stderr)
-        return text, reading
-    write_whole(run / "TRAJECTORY.md", text.encode())
     return text, reading
 
 

@@ -609,6 +609,19 @@ def test_tables_come_out_without_matplotlib(tmp_path, monkeypatch, capsys):
     assert not (run / "trajectory.png").exists() and (run / "TRAJECTORY.md").exists()
 
 
+@pytest.mark.parametrize("matplotlib_is_there", [True, False])
+def test_a_report_that_cannot_be_written_is_printed_with_matplotlib_and_without(matplotlib_is_there, tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", card_rows()[0], CARD_RECORD)
+    for name in ("TRAJECTORY.md", "trajectory.png"):
+        (run / name / "in-the-way").mkdir(parents=True)             # no file can take the place of a directory
+    if not matplotlib_is_there:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluate.main([str(run), "--no-measure"])
+    printed = capsys.readouterr()
+    assert "### WAND p99 bounds" in printed.out and "not written, only printed" in printed.err
+    assert ("matplotlib is missing" in printed.err) is not matplotlib_is_there
+
+
 def test_metrics_of_another_format_are_named_and_the_others_reported(tmp_path, capsys, undrawn):
     rows = card_rows()[0]
     rows[84000][0]["format"] = 0
