@@ -178,15 +178,13 @@ def score(model, mix, n_windows, tokenizer, batch_size, rank=0, world_size=1):
 
 def summarize(sums):
     """The metrics of one checkpoint from the sums of `score`: bpb, accuracy, crossover gap, in metrics.json's keys."""
-    def bpb(nats):
-        return nats / (math.log(2) * sums["bytes"])
-
-    full, single = bpb(sums["nats_prefix"][-1]), [bpb(n) for n in sums["nats_single"]]
+    unit = math.log(2) * sums["bytes"]                                     # nats of one bit per byte
+    single, prefix = ([nats / unit for nats in sums[name]] for name in ("nats_single", "nats_prefix"))
     return {
         "tokens": sums["tokens"], "bytes": sums["bytes"],
-        "bpb": {"full": full, "single": single, "prefix": [bpb(n) for n in sums["nats_prefix"]]},
+        "bpb": {"full": prefix[-1], "single": single, "prefix": prefix},
         "accuracy": {"full": sums["hits_prefix"][-1] / sums["tokens"], "single": [h / sums["tokens"] for h in sums["hits_single"]]},
-        "crossover_gap": full - single[-1],
+        "crossover_gap": prefix[-1] - single[-1],
     }
 
 
