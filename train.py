@@ -172,6 +172,7 @@ class TrainConfig:
 
 SHAPE_FLAGS = ("preset", "seed", "objective", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden", "stage_layers", "sequence_len",
                "vocab_size")
+SCHEDULE_FLAGS = ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")       # of a Phase, in order
 
 
 def resolve_config(given, restarted=False):
@@ -244,7 +245,7 @@ def refuse(given, names, why):
 def recorded_config(path, values):
     try:
         check_types(TrainConfig, values)
-        if missing := [name for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm") if values.get(name) is None]:
+        if missing := [name for name in SCHEDULE_FLAGS if values.get(name) is None]:
             raise ValueError(f"{missing[0]} is missing")
         return TrainConfig(**values)
     except (TypeError, ValueError) as e:
@@ -256,15 +257,14 @@ def recorded_config(path, values):
 
 def phase_row(config, row, data):
     """Fill in the last row of the phase table: where it starts, what it reads and how its rate moves."""
+    of_config = (*SCHEDULE_FLAGS, "reset_optimizer", "matrix_lr", "embedding_lr", "unembedding_lr")
     return {"anchor_step": row["anchor_step"], "anchor_sample": row["anchor_sample"], "batch": config.batch, "mix": config.data,
-            "mix_sha256": data and data.sha256, "num_steps": config.num_steps, "warmup_steps": config.warmup_steps, "peak_lrm": config.peak_lrm,
-            "warmdown_ratio": config.warmdown_ratio, "final_lrm": config.final_lrm, "reset_optimizer": config.reset_optimizer,
-            "matrix_lr": config.matrix_lr, "embedding_lr": config.embedding_lr, "unembedding_lr": config.unembedding_lr}
+            "mix_sha256": data and data.sha256, **{name: getattr(config, name) for name in of_config}}
 
 
 def phase_of(row):
     """The schedule of a row of the phase table."""
-    return Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
+    return Phase(row["anchor_step"], *(row[name] for name in SCHEDULE_FLAGS))
 
 
 def check_phases(path, rows):
