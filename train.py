@@ -46,7 +46,7 @@ from dataloader import Loader, open_data, validation_windows, write_whole
 from evaluate import read_log, score, slice_text, summarize, write_json
 from flags import Ranks, check_types, discard_stdout, flag, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps, choose_device,
-                   count_parameters, flops_per_token, get, load_tensors, parameter_group, read_json, read_object, read_record, sha256_of, verify_checkpoint)
+                   count_parameters, flops_per_token, load_tensors, parameter_group, read_json, read_object, read_record, sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
 from schedule import Phase, learning_rate, muon_momentum, position, weight_decay_factor
 
@@ -134,13 +134,13 @@ class TrainConfig:
     keep_optim: int = flag(2, "newest checkpoints that keep their optimizer state, beside those at the ends of phases (-1 = all)")
 
     def __post_init__(self):
-        for name in ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"):
-            if not 1 <= getattr(self, name) < 2 ** 62:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1, and below 2^62")
-        for name in ("seed", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < (2 ** 63 if name == "seed" else 1000):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative, and below "
-                                 f"{'2^63' if name == 'seed' else 1000}")
+        for low, end, must, names in (
+                (1, 2 ** 62, "be at least 1, and below 2^62", ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len")),
+                (0, 2 ** 63, "not be negative, and below 2^63", ("seed",)),
+                (0, 1000, "not be negative, and below 1000", ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"))):
+            for name in names:
+                if not low <= getattr(self, name) < end:
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
         if self.keep_optim < 1 and self.keep_optim != -1:
             raise ValueError(f"--keep-optim {self.keep_optim} must be at least 1, or -1 to keep all")
         if self.reset_optimizer and not self.continue_from:
@@ -183,9 +183,10 @@ def resolve_config(given, restarted=False):
     if given.get("out") == "":
         raise ValueError("--out is empty; name a folder for the run")
     resume, parent = given.get("resume"), given.get("continue_from")
-    for name in ("resume", "continue_from"):
-        if given.get(name) == "":
-            raise ValueError(f"--{name.replace('_', '-')} is empty; name a {'run' if name == 'resume' else 'checkpoint'}, or leave it out to train anew")
+    if resume == "":
+        raise ValueError("--resume is empty; name a run, or leave it out to train anew")
+    if parent == "":
+        raise ValueError("--continue-from is empty; name a checkpoint, or leave it out to train anew")
     if resume and parent:
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
     if resume:
@@ -203,7 +204,7 @@ def resolve_config(given, restarted=False):
             raise ValueError(f"--resume {out}: config.json holds no run ({e}); restore it from a copy, such as a checkpoint's config.json") from None
         refuse(given, (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer"),
                f"--resume: the run in {out} has its own; leave it out or start another --out")
-        if Path(given.get("out") or out).resolve() != out.resolve():
+        if Path(given.get("out", out)).resolve() != out.resolve():
             raise ValueError(f"--out {given['out']} and --resume {out} name two runs; leave --out out")
         return recorded_config(out, {**recorded, **given, "resume": str(resume), "out": str(out)}), check_phases(out, phases)
     if parent:
@@ -227,12 +228,12 @@ def resolve_config(given, restarted=False):
         del shape["objective"]
         config = TrainConfig(**{**shape, **asdict(RECIPES[preset]), "out": f"runs/{preset}", **given})
         phases = [{"anchor_step": 0, "anchor_sample": 0}]
-    recorded = get(read_object(Path(config.out) / "config.json"), ("train",)) or {}
+    recorded = read_object(Path(config.out) / "config.json").get("train") or {}
     if restarted and {**recorded, "out": ""} == {**asdict(config), "resume": "", "out": ""}:      # torchrun started the same command again
         return resolve_config({"resume": config.out})
-    if any((Path(config.out) / name).exists() for name in ("config.json", "log.jsonl")) or checkpoint_steps(config.out):
-        if not config.dry_run:
-            raise ValueError(f"{config.out} already holds a run: go on with --resume {config.out}, or choose another --out")
+    holds_run = any((Path(config.out) / name).exists() for name in ("config.json", "log.jsonl")) or checkpoint_steps(config.out)
+    if holds_run and not config.dry_run:
+        raise ValueError(f"{config.out} already holds a run: go on with --resume {config.out}, or choose another --out")
     return config, phases
 
 
@@ -448,7 +449,7 @@ def drop_optimizer_state(out, step, keep, phase_ends):
     paths = [path for path in checkpoint_steps(out) if int(path.name[5:]) <= step]          # those beyond were skipped as damaged
     for path in paths[:-keep] if keep > 0 else ():
         if int(path.name[5:]) not in phase_ends and (path / "optim").exists():
-            files = get(read_object(path / "manifest.json"), ("files",))
+            files = read_object(path / "manifest.json").get("files")
             if not isinstance(files, dict):
                 continue                                    # damaged: left as it is, for its owner to look at
             write_manifest(path, {name: sha256 for name, sha256 in files.items() if not name.startswith("optim/")})
