@@ -325,23 +325,22 @@ def optimizer_groups(model, config):
 
 def memory_estimate(model_config, config, world_size):
     """Estimated bytes per rank in training, by kind; optimizer_state is that of the rank with most, casts are bfloat16 (`PoE.cast_weights`)."""
-    total, tokens = sum(count_parameters(model_config).values()), config.device_batch_size * config.sequence_len
+    params, tokens = count_parameters(model_config), config.device_batch_size * config.sequence_len
     with torch.device("meta"):
-        model = PoE(model_config)
-    groups, state = optimizer_groups(model, config), [0] * world_size
+        groups, state = optimizer_groups(PoE(model_config), config), [0] * world_size
     owner = assign_owners(groups, world_size)
     for group in groups:
         for name, p in group["params"].items():
             state[owner[name]] += p.numel() * (4 if group["kind"] == "muon" else 8)
     layers = max(model_config.stage_layers) if model_config.objective == "poe" else model_config.n_layer
     kv_dim = model_config.n_kv_head * model_config.head_dim
-    matrices = sum(p.numel() for name, p in model.named_parameters() if parameter_group(name) == "matrices")
     # saved for backward by a compiled block: 2 MLP-wide, 6 stream-wide and 6 KV-wide tensors a token (d12 on an H100: 16.7 GiB
     # estimated in all, 16.9 measured)
     activations = 2 * layers * tokens * (2 * model_config.mlp_hidden + 6 * model_config.n_embd + 6 * kv_dim)
     head, chunk = model_config.vocab_size * model_config.n_embd, min(tokens, LOSS_CHUNK_LOGITS["cuda"] // model_config.vocab_size)
-    return {"parameters": 4 * total, "casts": 2 * (matrices + model_config.n_stage * head), "gradients": 4 * total, "optimizer_state": max(state),
-            "activations": activations, "loss": 6 * chunk * model_config.vocab_size + 4 * head}
+    weights = 4 * sum(params.values())
+    return {"parameters": weights, "casts": 2 * (params["matrices"] + model_config.n_stage * head), "gradients": weights,
+            "optimizer_state": max(state), "activations": activations, "loss": 6 * chunk * model_config.vocab_size + 4 * head}
 
 
 def dry_run(config, rows, world_size):
@@ -544,9 +543,10 @@ def restore_newest(out, ranks, model, optimizer, with_optimizer):
 @torch.no_grad()
 def check_ranks(ranks, model, step):
     """Raise ValueError unless all ranks hold the same parameters, by the sum of their bits (exact, in any order of summation)."""
+    if ranks.world_size == 1:
+        return
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}
-    sums = torch.stack([p.view(bits[p.dtype]).sum(dtype=torch.int64) for p in model.parameters()]).tolist() if ranks.world_size > 1 else []
-    gathered = ranks.gather(sums)
+    gathered = ranks.gather(torch.stack([p.view(bits[p.dtype]).sum(dtype=torch.int64) for p in model.parameters()]).tolist())
     with ranks.alike():
         for rank, other in enumerate(gathered):
             for (name, _), a, b in zip(model.named_parameters(), gathered[0], other):
@@ -575,10 +575,11 @@ def open_log(path, step):
 
 def git_commit():
     """The commit of this code, or "unknown" outside a git checkout."""
-    with suppress(OSError):                                                 # no git here
+    try:
         found = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip() or "unknown"
-    return "unknown"
+    except OSError:                                                         # no git here
+        return "unknown"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -658,7 +659,7 @@ def main(argv=None):
         compiling = on_cuda if config.compile is None else config.compile
         optimizer = MuonAdamW(groups, ranks.rank, ranks.world_size, compiling)
         names_of_stage = [[name for name, _ in model.named_parameters() if model.stage_of(name) == k] for k in range(model_config.n_stage)]
-        params, flops = count_parameters(model_config), flops_per_token(model_config)
+        n_params = sum(count_parameters(model_config).values())
         record = {"format": 1, "model": asdict(model_config), "train": asdict(config) | {"resume": ""},
                   "tokenizer": {"vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "sha256": tokenizer.sha256}, "phases": rows}
 
@@ -730,10 +731,10 @@ def main(argv=None):
 
     header = {"config": record["train"], "phases": rows, "commit": git_commit(), "torch": torch.__version__, "world_size": ranks.world_size,
               "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu x {torch.get_num_threads()}",
-              "attention": attention_kernel(model_config, device, dtype), "params_total": sum(params.values())}
+              "attention": attention_kernel(model_config, device, dtype), "params_total": n_params}
     log(kind="header", step=step, **header)
     say(json.dumps(header))
-    say(f"{sum(params.values()):,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
+    say(f"{n_params:,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
         f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}, attention by {header['attention']}")
 
     def validate():
@@ -826,7 +827,7 @@ def main(argv=None):
     if main_rank:
         log_file.close()
         if last:
-            report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, flops, started)
+            report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, started)
         else:
             print(f"stopped at step {step}; go on with --resume {out}")
         locked.close()
@@ -834,7 +835,7 @@ def main(argv=None):
     ranks.close()
 
 
-def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, flops, started):
+def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, started):
     """Print what a finished run has learnt: a few samples, its bpb beside that of compressors, and a JSON object as the last line."""
     device = model.cos.device
     from sample import Plan, Sampling, complete                             # which imports Triton: the other ranks need neither
@@ -855,7 +856,7 @@ def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, m
     print(f"val bpb on {metrics['bytes']:,} bytes: " + "  ".join(f"{name} {value:.4f}" for name, value in rows if value is not None))
     print(json.dumps({**result, "seconds": round(time.time() - started, 1), "train_seconds": round(state["train_time"], 1), "step": step,
                       "checkpoint": str(checkpoint_steps(out)[-1]), "params_total": sum(count_parameters(model.config).values()),
-                      "flops_per_token": flops, "val_bytes": metrics["bytes"],
+                      "flops_per_token": flops_per_token(model.config), "val_bytes": metrics["bytes"],
                       "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}))
 
 
