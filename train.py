@@ -637,7 +637,7 @@ def main(argv=None):
         tokenizer = data.tokenizer
         mix_sha256 = rows[-1].get("mix_sha256")                             # of a resumed run
         rows[-1] = phase_row(config, rows[-1], data)
-        phases = [phase_of(row) for row in rows]
+        phase = phase_of(rows[-1])
         if mix_sha256 not in (None, data.sha256):
             raise ValueError(f"{data.path or 'the embedded sample'} is not the data that {out} was trained on; give that with --data, or "
                              f"begin a phase on other data with --continue-from")
@@ -692,16 +692,16 @@ def main(argv=None):
     step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk
     ramp_start = max(row["anchor_step"] for row in rows if row.get("reset_optimizer") or row is rows[0])   # momentum buffers were zero there
     if config.resume or config.continue_from:
-        checkpoint = restore_newest(out, ranks, model, optimizer, lambda at: not (config.reset_optimizer and at == rows[-1]["anchor_step"]))
+        checkpoint = restore_newest(out, ranks, model, optimizer, lambda at: not (config.reset_optimizer and at == phase.anchor))
         if checkpoint:
             state = read_state(checkpoint)
             step = saved = state["step"]
         with ranks.alike():
-            if step > phases[-1].end:
-                raise ValueError(f"{checkpoint} is past the run's end, step {phases[-1].end}; raise --num-steps")
+            if step > phase.end:
+                raise ValueError(f"{checkpoint} is past the run's end, step {phase.end}; raise --num-steps")
         say(f"continuing from {config.continue_from}" if not config.resume else f"resuming {checkpoint or 'step 0: no checkpoint yet'}")
-        if len(rows) > 1 and rows[-1]["anchor_step"] < phases[-2].end:
-            say(f"phase {len(rows) - 1} was to end at step {phases[-2].end}; phase {len(rows)} begins at step {rows[-1]['anchor_step']}")
+        if len(rows) > 1 and phase.anchor < phase_of(rows[-2]).end:
+            say(f"phase {len(rows) - 1} was to end at step {phase_of(rows[-2]).end}; phase {len(rows)} begins at step {phase.anchor}")
     model.cast_weights()
     if compiling:
         model.compile_regions()
@@ -749,18 +749,17 @@ def main(argv=None):
             if step not in validated:
                 log(kind="val_old" if number else "val", step=step, mix=path, train_time=state["train_time"], **metrics)
             loss = bpb["full"] * math.log(2) * metrics["bytes"] / metrics["tokens"]
-            say(f"step:{step:05d}/{phases[-1].end:05d} {'old_' * bool(number)}val_loss:{loss:.4f} val_bpb:{bpb['full']:.4f} "
+            say(f"step:{step:05d}/{phase.end:05d} {'old_' * bool(number)}val_loss:{loss:.4f} val_bpb:{bpb['full']:.4f} "
                 f"single_bpb:{','.join(f'{b:.4f}' for b in bpb['single'])} train_time:{state['train_time']:.1f}s")
             all_metrics.append(metrics)
         return all_metrics[0]
 
     # loop
     loader = Loader(train_mix, state["sample"] + stream_start, config.batch, config.device_batch_size, device, ranks.rank, ranks.world_size)
-    n_micro, end, metrics, printed = loader.n_micro, phases[-1].end, None, 0.0
-    dts, stopping = [], False
+    metrics, printed, dts, stopping = None, 0.0, [], False
     with attention_backends(device):
         while True:
-            last = step == end
+            last = step == phase.end
             save_due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
             eval_due = save_due or dense_step(rows, step) or (step > 0 and config.eval_every > 0 and step % config.eval_every == 0)
             if last or (eval_due and step not in validated and not stopping):       # a resumed run validates here
@@ -776,7 +775,7 @@ def main(argv=None):
                 saved = step
                 with ranks.together():
                     if main_rank:
-                        drop_optimizer_state(out, step, config.keep_optim, {row["anchor_step"] for row in rows} | {end})
+                        drop_optimizer_state(out, step, config.keep_optim, {row["anchor_step"] for row in rows} | {phase.end})
             if last or stopping:
                 break
 
@@ -784,9 +783,9 @@ def main(argv=None):
             start = time.time()
             losses = torch.zeros(model_config.n_stage, device=device, dtype=model.lm_head.weight.dtype)
             norms = torch.zeros_like(losses)                                # largest gradient entry, by stage
-            for micro_step in range(n_micro):
+            for micro_step in range(loader.n_micro):
                 inputs, targets = next(loader)
-                last_micro = micro_step == n_micro - 1
+                last_micro = micro_step == loader.n_micro - 1
                 for k, loss in model.backward_by_stage(inputs, targets, 1 / config.total_batch_tokens, last_micro):
                     losses[k] += loss
                     if last_micro:
@@ -800,7 +799,6 @@ def main(argv=None):
             check_log(values[3] for values in gathered)
             losses = [sum(of_ranks) for of_ranks in zip(*(values[0] for values in gathered))]
             stopping = any(values[2] for values in gathered)
-            phase = phases[-1]
             lrm = learning_rate(phase, step)
             for group in groups:
                 group["lr"] = group["initial_lr"] * lrm
@@ -818,10 +816,10 @@ def main(argv=None):
             train_loss, rate = sum(losses) / len(losses), config.total_batch_tokens / dt
             log(kind="step", step=step, train_loss=train_loss, losses=losses, lrm=lrm, position=position(phase, step)[0], dt=dt, fwdbwd=fwdbwd,
                 train_time=state["train_time"])
-            if time.time() - printed > 2 or step + 1 == end:
+            if time.time() - printed > 2 or step + 1 == phase.end:
                 printed = time.time()
-                say(f"step:{step:05d}/{end:05d} phase:{len(phases)} train_loss:{train_loss:.4f} lrm:{lrm:.3f} dt:{dt * 1000:.1f}ms "
-                    f"tok_per_sec:{rate:.0f} train_time:{state['train_time']:.1f}s eta:{sum(dts) / len(dts) * (end - step - 1) / 60:.1f}m")
+                say(f"step:{step:05d}/{phase.end:05d} phase:{len(rows)} train_loss:{train_loss:.4f} lrm:{lrm:.3f} dt:{dt * 1000:.1f}ms "
+                    f"tok_per_sec:{rate:.0f} train_time:{state['train_time']:.1f}s eta:{sum(dts) / len(dts) * (phase.end - step - 1) / 60:.1f}m")
             step += 1
     loader.close()
     if main_rank:
