@@ -481,6 +481,31 @@ def lock(out):
     return file
 
 
+def open_folder(out, config, record):
+    """Rank 0's: make and lock the run's folder and clear what a killed save left; where it continues another run, put its seed there first.
+
+    Returns what holds the lock. Raises ValueError or OSError.
+    """
+    parent = Path(config.continue_from)
+    if config.continue_from and not checkpoint_steps(out):
+        if read_record(parent)["tokenizer"]["sha256"] != record["tokenizer"]["sha256"]:
+            raise ValueError(f"{config.data or 'the embedded sample'} was tokenised with another tokenizer than {parent} was trained with")
+        seed_files = verify_checkpoint(parent)
+        if "optim/rank-00000.pt" not in seed_files and not config.reset_optimizer:
+            raise ValueError(f"{parent} holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)
+    except OSError as e:
+        raise ValueError(f"--out {out} is no folder that can be written to ({e}); choose another") from None
+    for leftover in out.glob(".tmp-step-*"):
+        shutil.rmtree(leftover)
+    if config.continue_from and not checkpoint_steps(out):
+        write_json(out / "config.json", record)                             # first: a run that is killed here places its seed on --resume
+        place_seed(parent, seed_files, out, record["phases"][-1]["anchor_step"])
+    return locked
+
+
 def sync(path):
     """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -665,23 +690,7 @@ def main(argv=None):
 
         # the run's folder
         if main_rank:
-            parent = Path(config.continue_from)
-            if config.continue_from and not checkpoint_steps(out):
-                if read_record(parent)["tokenizer"]["sha256"] != tokenizer.sha256:
-                    raise ValueError(f"{data.path or 'the embedded sample'} was tokenised with another tokenizer than {parent} was trained with")
-                seed_files = verify_checkpoint(parent)
-                if "optim/rank-00000.pt" not in seed_files and not config.reset_optimizer:
-                    raise ValueError(f"{parent} holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer")
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                locked = lock(out)
-            except OSError as e:
-                raise ValueError(f"--out {out} is no folder that can be written to ({e}); choose another") from None
-            for leftover in out.glob(".tmp-step-*"):
-                shutil.rmtree(leftover)
-            if config.continue_from and not checkpoint_steps(out):
-                write_json(out / "config.json", record)                     # first: a run that is killed here places its seed on --resume
-                place_seed(parent, seed_files, out, rows[-1]["anchor_step"])
+            locked = open_folder(out, config, record)
 
     paths = ranks.gather([path for path, _, _ in slices])                   # a rank may lack earlier data: then none validates on it
     for part in [part for part in slices if not all(part[0] in there for there in paths)]:
