@@ -591,6 +591,12 @@ def check_finite(step, gathered, saved):
                                      f"and --resume")
 
 
+def check_log(troubles):
+    """Raise OSError where the log could not be written. troubles: what each rank has to say about it, or None."""
+    for trouble in filter(None, troubles):
+        raise OSError(trouble)
+
+
 def open_log(path, step):
     """Open log.jsonl for appending, without the lines at or beyond `step`, which a resumed run writes again."""
     kept = [entry for entry in read_log(path) if entry["step"] < step or (entry["step"] == step and entry["kind"] != "step")]
@@ -716,7 +722,7 @@ def main(argv=None):
         model.compile_regions()
 
     # log
-    log_file, validated, trouble = None, None, []                           # trouble: what kept the log from being written
+    log_file, validated, trouble = None, None, None                         # trouble: what kept the log from being written
     with ranks.together():
         if main_rank:
             write_json(out / "config.json", record)
@@ -724,19 +730,14 @@ def main(argv=None):
     validated = ranks.gather(validated)[0]
 
     def log(**entry):
+        nonlocal trouble
         if main_rank and not trouble:
             try:
                 log_file.write(json.dumps(entry) + "\n")
             except OSError as e:                                            # told at the next place where all ranks can end together
                 with suppress(OSError):
                     log_file.close()
-                trouble.append(f"{out / 'log.jsonl'} could not be written ({e}); the checkpoints are whole: free disk space, then --resume {out}")
-
-    def check_log(of_ranks):
-        """Raise OSError where a rank, of whom these are the lists of trouble, could not write the log."""
-        with ranks.alike():
-            for messages in filter(None, of_ranks):
-                raise OSError(messages[0])
+                trouble = f"{out / 'log.jsonl'} could not be written ({e}); the checkpoints are whole: free disk space, then --resume {out}"
 
     header = {"config": record["train"], "phases": rows, "commit": git_commit(), "torch": torch.__version__, "world_size": ranks.world_size,
               "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu x {torch.get_num_threads()}",
@@ -776,7 +777,8 @@ def main(argv=None):
             if step % CHECK_RANKS_EVERY == 0 or save_due or stopping:
                 check_ranks(ranks, model, step)
             if (save_due or stopping) and step != saved:
-                check_log(ranks.gather(trouble))
+                with ranks.alike():
+                    check_log(ranks.gather(trouble))
                 with ranks.together():
                     if main_rank:
                         os.fsync(log_file.fileno())                         # a log is as long as its checkpoints say
@@ -805,7 +807,7 @@ def main(argv=None):
             gathered = ranks.gather(mine)
             with ranks.alike():
                 check_finite(step, gathered, saved)
-            check_log(values[3] for values in gathered)
+                check_log(values[3] for values in gathered)
             losses = [sum(of_ranks) for of_ranks in zip(*(values[0] for values in gathered))]
             stopping = any(values[2] for values in gathered)
             lrm = learning_rate(phase, step)
