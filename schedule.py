@@ -20,7 +20,7 @@ restarts: SGDR (arXiv 1608.03983). As a script it draws a phase and prints its f
         --at 84000,86000
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from flags import flag, parse_flags, run
 
@@ -61,7 +61,7 @@ class Phase:
 
 def phase_of(row):
     """The schedule of a row of a checkpoint's phase table."""
-    return Phase(row["anchor_step"], *(row[name] for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm")))
+    return Phase(row["anchor_step"], *(row[f.name] for f in fields(Phase)[1:]))
 
 
 def phase_index(phases, step):

@@ -46,10 +46,10 @@ from dataloader import Loader, open_data, validation_windows, write_whole
 from evaluate import read_log, score, slice_text, summarize, write_json
 from flags import Ranks, check_types, discard_stdout, flag, parse_flags, run
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps,
-                   choose_device, count_parameters, flops_per_token, get, load_tensors, parameter_group, read_json, read_object, read_record,
+                   choose_device, count_parameters, flops_per_token, load_tensors, parameter_group, read_json, read_object, read_record,
                    sha256_of, verify_checkpoint)
 from muon import MuonAdamW, assign_owners
-from schedule import learning_rate, muon_momentum, phase_of, position, weight_decay_factor
+from schedule import Phase, learning_rate, muon_momentum, phase_of, position, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
 CHECK_RANKS_EVERY = 100             # steps between checks that all ranks hold the same parameters
@@ -136,13 +136,13 @@ class TrainConfig:
     keep_optim: int = flag(2, "newest checkpoints that keep their optimizer state, beside those at the ends of phases (-1 = all)")
 
     def __post_init__(self):
-        for name in ("total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"):
-            if not 1 <= getattr(self, name) < 2 ** 62:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1, and below 2^62")
-        for name in ("seed", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < (2 ** 63 if name == "seed" else 1000):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative, and below "
-                                 f"{'2^63' if name == 'seed' else 1000}")
+        sizes = "total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"
+        rates = "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"
+        for names, low, end, must in ((sizes, 1, 2 ** 62, "be at least 1, and below 2^62"), (("seed",), 0, 2 ** 63, "not be negative, and below 2^63"),
+                                      (rates, 0, 1000, "not be negative, and below 1000")):
+            for name in names:
+                if not low <= getattr(self, name) < end:
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
         if self.keep_optim < 1 and self.keep_optim != -1:
             raise ValueError(f"--keep-optim {self.keep_optim} must be at least 1, or -1 to keep all")
         if self.reset_optimizer and not self.continue_from:
@@ -174,6 +174,7 @@ class TrainConfig:
 
 SHAPE_FLAGS = ("preset", "seed", "objective", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden", "stage_layers", "sequence_len",
                "vocab_size")
+SCHEDULE_FLAGS = tuple(f.name for f in fields(Phase))[1:]        # without its anchor
 
 
 def resolve_config(given, restarted=False):
@@ -184,10 +185,10 @@ def resolve_config(given, restarted=False):
     if given.get("out") == "":
         raise ValueError("--out is empty; name a folder for the run")
     resume, parent = given.get("resume"), given.get("continue_from")
-    for name in ("resume", "continue_from"):
-        if given.get(name) == "":
-            raise ValueError(f"--{name.replace('_', '-')} is empty; name a {'run' if name == 'resume' else 'checkpoint'}, or leave it out "
-                             f"to train anew")
+    if resume == "":
+        raise ValueError("--resume is empty; name a run, or leave it out to train anew")
+    if parent == "":
+        raise ValueError("--continue-from is empty; name a checkpoint, or leave it out to train anew")
     if resume and parent:
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
     if resume:
@@ -205,7 +206,7 @@ def resolve_config(given, restarted=False):
             raise ValueError(f"--resume {out}: config.json holds no run ({e}); restore it from a copy, such as a checkpoint's config.json") from None
         refuse(given, (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer"),
                f"--resume: the run in {out} has its own; leave it out or start another --out")
-        if Path(given.get("out") or out).resolve() != out.resolve():
+        if Path(given.get("out", out)).resolve() != out.resolve():
             raise ValueError(f"--out {given['out']} and --resume {out} name two runs; leave --out out")
         return recorded_config(out, {**recorded, **given, "resume": str(resume), "out": str(out)}), check_phases(out, phases)
     if parent:
@@ -229,12 +230,12 @@ def resolve_config(given, restarted=False):
         del shape["objective"]
         config = TrainConfig(**{**shape, **asdict(RECIPES[preset]), "out": f"runs/{preset}", **given})
         phases = [{"anchor_step": 0, "anchor_sample": 0}]
-    recorded = get(read_object(Path(config.out) / "config.json"), ("train",)) or {}
+    recorded = read_object(Path(config.out) / "config.json").get("train") or {}
     if restarted and {**recorded, "out": ""} == {**asdict(config), "resume": "", "out": ""}:      # torchrun started the same command again
         return resolve_config({"resume": config.out})
-    if any((Path(config.out) / name).exists() for name in ("config.json", "log.jsonl")) or checkpoint_steps(config.out):
-        if not config.dry_run:
-            raise ValueError(f"{config.out} already holds a run: go on with --resume {config.out}, or choose another --out")
+    holds_run = any((Path(config.out) / name).exists() for name in ("config.json", "log.jsonl")) or checkpoint_steps(config.out)
+    if holds_run and not config.dry_run:
+        raise ValueError(f"{config.out} already holds a run: go on with --resume {config.out}, or choose another --out")
     return config, phases
 
 
@@ -247,7 +248,7 @@ def refuse(given, names, why):
 def recorded_config(path, values):
     try:
         check_types(TrainConfig, values)
-        if missing := [name for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm") if values.get(name) is None]:
+        if missing := [name for name in SCHEDULE_FLAGS if values.get(name) is None]:
             raise ValueError(f"{missing[0]} is missing")
         return TrainConfig(**values)
     except (TypeError, ValueError) as e:
@@ -259,10 +260,9 @@ def recorded_config(path, values):
 
 def phase_row(config, row, data):
     """Fill in the last row of the phase table: where it starts, what it reads and how its rate moves."""
+    of_config = (*SCHEDULE_FLAGS, "reset_optimizer", "matrix_lr", "embedding_lr", "unembedding_lr")
     return {"anchor_step": row["anchor_step"], "anchor_sample": row["anchor_sample"], "batch": config.batch, "mix": config.data,
-            "mix_sha256": data and data.sha256, "num_steps": config.num_steps, "warmup_steps": config.warmup_steps, "peak_lrm": config.peak_lrm,
-            "warmdown_ratio": config.warmdown_ratio, "final_lrm": config.final_lrm, "reset_optimizer": config.reset_optimizer,
-            "matrix_lr": config.matrix_lr, "embedding_lr": config.embedding_lr, "unembedding_lr": config.unembedding_lr}
+            "mix_sha256": data and data.sha256, **{name: getattr(config, name) for name in of_config}}
 
 
 def check_phases(path, rows):
@@ -323,23 +323,22 @@ def optimizer_groups(model, config):
 
 def memory_estimate(model_config, config, world_size):
     """Estimated bytes per rank in training, by kind; optimizer_state is that of the rank with most, casts are bfloat16 (`PoE.cast_weights`)."""
-    total, tokens = sum(count_parameters(model_config).values()), config.device_batch_size * config.sequence_len
+    params, tokens = count_parameters(model_config), config.device_batch_size * config.sequence_len
     with torch.device("meta"):
-        model = PoE(model_config)
-    groups, state = optimizer_groups(model, config), [0] * world_size
+        groups, state = optimizer_groups(PoE(model_config), config), [0] * world_size
     owner = assign_owners(groups, world_size)
     for group in groups:
         for name, p in group["params"].items():
             state[owner[name]] += p.numel() * (4 if group["kind"] == "muon" else 8)
     layers = max(model_config.stage_layers) if model_config.objective == "poe" else model_config.n_layer
     kv_dim = model_config.n_kv_head * model_config.head_dim
-    matrices = sum(p.numel() for name, p in model.named_parameters() if parameter_group(name) == "matrices")
     # saved for backward by a compiled block: 2 MLP-wide, 6 stream-wide and 6 KV-wide tensors a token (d12 on an H100: 16.7 GiB
     # estimated in all, 16.9 measured)
     activations = 2 * layers * tokens * (2 * model_config.mlp_hidden + 6 * model_config.n_embd + 6 * kv_dim)
     head, chunk = model_config.vocab_size * model_config.n_embd, min(tokens, LOSS_CHUNK_LOGITS["cuda"] // model_config.vocab_size)
-    return {"parameters": 4 * total, "casts": 2 * (matrices + model_config.n_stage * head), "gradients": 4 * total, "optimizer_state": max(state),
-            "activations": activations, "loss": 6 * chunk * model_config.vocab_size + 4 * head}
+    weights = 4 * sum(params.values())
+    return {"parameters": weights, "casts": 2 * (params["matrices"] + model_config.n_stage * head), "gradients": weights,
+            "optimizer_state": max(state), "activations": activations, "loss": 6 * chunk * model_config.vocab_size + 4 * head}
 
 
 def dry_run(config, rows, world_size):
@@ -449,7 +448,7 @@ def drop_optimizer_state(out, step, keep, phase_ends):
     paths = [path for path in checkpoint_steps(out) if int(path.name[5:]) <= step]          # those beyond were skipped as damaged
     for path in paths[:-keep] if keep > 0 else ():
         if int(path.name[5:]) not in phase_ends and (path / "optim").exists():
-            files = get(read_object(path / "manifest.json"), ("files",))
+            files = read_object(path / "manifest.json").get("files")
             if not isinstance(files, dict):
                 continue                                    # damaged: left as it is, for its owner to look at
             write_manifest(path, {name: sha256 for name, sha256 in files.items() if not name.startswith("optim/")})
@@ -480,6 +479,31 @@ def lock(out):
     except BlockingIOError:
         raise ValueError(f"another process is training into {out}; wait for it, or choose another --out") from None
     return file
+
+
+def open_folder(out, config, record):
+    """Rank 0's: make and lock the run's folder and clear what a killed save left; where it continues another run, put its seed there first.
+
+    Returns what holds the lock. Raises ValueError or OSError.
+    """
+    parent = Path(config.continue_from)
+    if config.continue_from and not checkpoint_steps(out):
+        if read_record(parent)["tokenizer"]["sha256"] != record["tokenizer"]["sha256"]:
+            raise ValueError(f"{config.data or 'the embedded sample'} was tokenised with another tokenizer than {parent} was trained with")
+        seed_files = verify_checkpoint(parent)
+        if "optim/rank-00000.pt" not in seed_files and not config.reset_optimizer:
+            raise ValueError(f"{parent} holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)
+    except OSError as e:
+        raise ValueError(f"--out {out} is no folder that can be written to ({e}); choose another") from None
+    for leftover in out.glob(".tmp-step-*"):
+        shutil.rmtree(leftover)
+    if config.continue_from and not checkpoint_steps(out):
+        write_json(out / "config.json", record)                             # first: a run that is killed here places its seed on --resume
+        place_seed(parent, seed_files, out, record["phases"][-1]["anchor_step"])
+    return locked
 
 
 def sync(path):
@@ -544,9 +568,10 @@ def restore_newest(out, ranks, model, optimizer, with_optimizer):
 @torch.no_grad()
 def check_ranks(ranks, model, step):
     """Raise ValueError unless all ranks hold the same parameters, by the sum of their bits (exact, in any order of summation)."""
+    if ranks.world_size == 1:
+        return
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}
-    sums = torch.stack([p.view(bits[p.dtype]).sum(dtype=torch.int64) for p in model.parameters()]).tolist() if ranks.world_size > 1 else []
-    gathered = ranks.gather(sums)
+    gathered = ranks.gather(torch.stack([p.view(bits[p.dtype]).sum(dtype=torch.int64) for p in model.parameters()]).tolist())
     with ranks.alike():
         for rank, other in enumerate(gathered):
             for (name, _), a, b in zip(model.named_parameters(), gathered[0], other):
@@ -566,6 +591,12 @@ def check_finite(step, gathered, saved):
                                      f"lower the rates and --resume")
 
 
+def check_log(troubles):
+    """Raise OSError where the log could not be written. troubles: what each rank has to say about it, or None."""
+    for trouble in filter(None, troubles):
+        raise OSError(trouble)
+
+
 def open_log(path, step):
     """Open log.jsonl for appending, without the lines at or beyond `step`, which a resumed run writes again."""
     kept = [entry for entry in read_log(path) if entry["step"] < step or (entry["step"] == step and entry["kind"] != "step")]
@@ -575,10 +606,11 @@ def open_log(path, step):
 
 def git_commit():
     """The commit of this code, or "unknown" outside a git checkout."""
-    with suppress(OSError):                                                 # no git here
+    try:
         found = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip() or "unknown"
-    return "unknown"
+    except OSError:                                                         # no git here
+        return "unknown"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -636,7 +668,7 @@ def main(argv=None):
         tokenizer = data.tokenizer
         mix_sha256 = rows[-1].get("mix_sha256")                             # of a resumed run
         rows[-1] = phase_row(config, rows[-1], data)
-        phases = [phase_of(row) for row in rows]
+        phase = phase_of(rows[-1])
         if mix_sha256 not in (None, data.sha256):
             raise ValueError(f"{data.path or 'the embedded sample'} is not the data that {out} was trained on; give that with --data, or "
                              f"begin a phase on other data with --continue-from")
@@ -658,29 +690,13 @@ def main(argv=None):
         compiling = on_cuda if config.compile is None else config.compile
         optimizer = MuonAdamW(groups, ranks.rank, ranks.world_size, compiling)
         names_of_stage = [[name for name, _ in model.named_parameters() if model.stage_of(name) == k] for k in range(model_config.n_stage)]
-        params, flops = count_parameters(model_config), flops_per_token(model_config)
+        n_params = sum(count_parameters(model_config).values())
         record = {"format": 1, "model": asdict(model_config), "train": asdict(config) | {"resume": ""},
                   "tokenizer": {"vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "sha256": tokenizer.sha256}, "phases": rows}
 
         # the run's folder
         if main_rank:
-            parent = Path(config.continue_from)
-            if config.continue_from and not checkpoint_steps(out):
-                if read_record(parent)["tokenizer"]["sha256"] != tokenizer.sha256:
-                    raise ValueError(f"{data.path or 'the embedded sample'} was tokenised with another tokenizer than {parent} was trained with")
-                seed_files = verify_checkpoint(parent)
-                if "optim/rank-00000.pt" not in seed_files and not config.reset_optimizer:
-                    raise ValueError(f"{parent} holds no optimizer state (see --keep-optim): choose another checkpoint, or --reset-optimizer")
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                locked = lock(out)
-            except OSError as e:
-                raise ValueError(f"--out {out} is no folder that can be written to ({e}); choose another") from None
-            for leftover in out.glob(".tmp-step-*"):
-                shutil.rmtree(leftover)
-            if config.continue_from and not checkpoint_steps(out):
-                write_json(out / "config.json", record)                     # first: a run that is killed here places its seed on --resume
-                place_seed(parent, seed_files, out, rows[-1]["anchor_step"])
+            locked = open_folder(out, config, record)
 
     paths = ranks.gather([path for path, _, _ in slices])                   # a rank may lack earlier data: then none validates on it
     for part in [part for part in slices if not all(part[0] in there for there in paths)]:
@@ -691,22 +707,22 @@ def main(argv=None):
     step, state, saved = 0, {"step": 0, "sample": 0, "train_time": 0.0}, None     # saved: the newest step on disk
     ramp_start = max(row["anchor_step"] for row in rows if row.get("reset_optimizer") or row is rows[0])   # momentum buffers were zero there
     if config.resume or config.continue_from:
-        checkpoint = restore_newest(out, ranks, model, optimizer, lambda at: not (config.reset_optimizer and at == rows[-1]["anchor_step"]))
+        checkpoint = restore_newest(out, ranks, model, optimizer, lambda at: not (config.reset_optimizer and at == phase.anchor))
         if checkpoint:
             state = read_state(checkpoint)
             step = saved = state["step"]
         with ranks.alike():
-            if step > phases[-1].end:
-                raise ValueError(f"{checkpoint} is past the run's end, step {phases[-1].end}; raise --num-steps")
+            if step > phase.end:
+                raise ValueError(f"{checkpoint} is past the run's end, step {phase.end}; raise --num-steps")
         say(f"continuing from {config.continue_from}" if not config.resume else f"resuming {checkpoint or 'step 0: no checkpoint yet'}")
-        if len(rows) > 1 and rows[-1]["anchor_step"] < phases[-2].end:
-            say(f"phase {len(rows) - 1} was to end at step {phases[-2].end}; phase {len(rows)} begins at step {rows[-1]['anchor_step']}")
+        if len(rows) > 1 and phase.anchor < phase_of(rows[-2]).end:
+            say(f"phase {len(rows) - 1} was to end at step {phase_of(rows[-2]).end}; phase {len(rows)} begins at step {phase.anchor}")
     model.cast_weights()
     if compiling:
         model.compile_regions()
 
     # log
-    log_file, validated, trouble = None, None, []                           # trouble: what kept the log from being written
+    log_file, validated, trouble = None, None, None                         # trouble: what kept the log from being written
     with ranks.together():
         if main_rank:
             write_json(out / "config.json", record)
@@ -714,26 +730,21 @@ def main(argv=None):
     validated = ranks.gather(validated)[0]
 
     def log(**entry):
+        nonlocal trouble
         if main_rank and not trouble:
             try:
                 log_file.write(json.dumps(entry) + "\n")
             except OSError as e:                                            # told at the next place where all ranks can end together
                 with suppress(OSError):
                     log_file.close()
-                trouble.append(f"{out / 'log.jsonl'} could not be written ({e}); the checkpoints are whole: free disk space, then --resume {out}")
-
-    def check_log(of_ranks):
-        """Raise OSError where a rank, of whom these are the lists of trouble, could not write the log."""
-        with ranks.alike():
-            for messages in filter(None, of_ranks):
-                raise OSError(messages[0])
+                trouble = f"{out / 'log.jsonl'} could not be written ({e}); the checkpoints are whole: free disk space, then --resume {out}"
 
     header = {"config": record["train"], "phases": rows, "commit": git_commit(), "torch": torch.__version__, "world_size": ranks.world_size,
               "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu x {torch.get_num_threads()}",
-              "attention": attention_kernel(model_config, device, dtype), "params_total": sum(params.values())}
+              "attention": attention_kernel(model_config, device, dtype), "params_total": n_params}
     log(kind="header", step=step, **header)
     say(json.dumps(header))
-    say(f"{sum(params.values()):,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
+    say(f"{n_params:,} parameters, stages {model_config.stage_layers}, {config.batch} x {config.sequence_len} tokens a step, "
         f"train {sum(s.n_tokens for s in train_mix.sources):,} tokens, val {n_val_windows * config.sequence_len:,}, "
         f"attention by {header['attention']}")
 
@@ -749,18 +760,17 @@ def main(argv=None):
             if step not in validated:
                 log(kind="val_old" if number else "val", step=step, mix=path, train_time=state["train_time"], **metrics)
             loss = bpb["full"] * math.log(2) * metrics["bytes"] / metrics["tokens"]
-            say(f"step:{step:05d}/{phases[-1].end:05d} {'old_' * bool(number)}val_loss:{loss:.4f} val_bpb:{bpb['full']:.4f} "
+            say(f"step:{step:05d}/{phase.end:05d} {'old_' * bool(number)}val_loss:{loss:.4f} val_bpb:{bpb['full']:.4f} "
                 f"single_bpb:{','.join(f'{b:.4f}' for b in bpb['single'])} train_time:{state['train_time']:.1f}s")
             all_metrics.append(metrics)
         return all_metrics[0]
 
     # loop
     loader = Loader(train_mix, state["sample"] + stream_start, config.batch, config.device_batch_size, device, ranks.rank, ranks.world_size)
-    n_micro, end, metrics, printed = loader.n_micro, phases[-1].end, None, 0.0
-    dts, stopping = [], False
+    metrics, printed, dts, stopping = None, 0.0, [], False
     with attention_backends(device):
         while True:
-            last = step == end
+            last = step == phase.end
             save_due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
             eval_due = save_due or dense_step(rows, step) or (step > 0 and config.eval_every > 0 and step % config.eval_every == 0)
             if last or (eval_due and step not in validated and not stopping):       # a resumed run validates here
@@ -768,7 +778,8 @@ def main(argv=None):
             if step % CHECK_RANKS_EVERY == 0 or save_due or stopping:
                 check_ranks(ranks, model, step)
             if (save_due or stopping) and step != saved:
-                check_log(ranks.gather(trouble))
+                with ranks.alike():
+                    check_log(ranks.gather(trouble))
                 with ranks.together():
                     if main_rank:
                         os.fsync(log_file.fileno())                         # a log is as long as its checkpoints say
@@ -776,7 +787,7 @@ def main(argv=None):
                 saved = step
                 with ranks.together():
                     if main_rank:
-                        drop_optimizer_state(out, step, config.keep_optim, {row["anchor_step"] for row in rows} | {end})
+                        drop_optimizer_state(out, step, config.keep_optim, {row["anchor_step"] for row in rows} | {phase.end})
             if last or stopping:
                 break
 
@@ -784,9 +795,9 @@ def main(argv=None):
             start = time.time()
             losses = torch.zeros(model_config.n_stage, device=device, dtype=model.lm_head.weight.dtype)
             norms = torch.zeros_like(losses)                                # largest gradient entry, by stage
-            for micro_step in range(n_micro):
+            for micro_step in range(loader.n_micro):
                 inputs, targets = next(loader)
-                last_micro = micro_step == n_micro - 1
+                last_micro = micro_step == loader.n_micro - 1
                 for k, loss in model.backward_by_stage(inputs, targets, 1 / config.total_batch_tokens, last_micro):
                     losses[k] += loss
                     if last_micro:
@@ -797,10 +808,9 @@ def main(argv=None):
             gathered = ranks.gather(mine)
             with ranks.alike():
                 check_finite(step, gathered, saved)
-            check_log(values[3] for values in gathered)
+                check_log(values[3] for values in gathered)
             losses = [sum(of_ranks) for of_ranks in zip(*(values[0] for values in gathered))]
             stopping = any(values[2] for values in gathered)
-            phase = phases[-1]
             lrm = learning_rate(phase, step)
             for group in groups:
                 group["lr"] = group["initial_lr"] * lrm
@@ -818,16 +828,16 @@ def main(argv=None):
             train_loss, rate = sum(losses) / len(losses), config.total_batch_tokens / dt
             log(kind="step", step=step, train_loss=train_loss, losses=losses, lrm=lrm, position=position(phase, step)[0], dt=dt, fwdbwd=fwdbwd,
                 train_time=state["train_time"])
-            if time.time() - printed > 2 or step + 1 == end:
+            if time.time() - printed > 2 or step + 1 == phase.end:
                 printed = time.time()
-                say(f"step:{step:05d}/{end:05d} phase:{len(phases)} train_loss:{train_loss:.4f} lrm:{lrm:.3f} dt:{dt * 1000:.1f}ms "
-                    f"tok_per_sec:{rate:.0f} train_time:{state['train_time']:.1f}s eta:{sum(dts) / len(dts) * (end - step - 1) / 60:.1f}m")
+                say(f"step:{step:05d}/{phase.end:05d} phase:{len(rows)} train_loss:{train_loss:.4f} lrm:{lrm:.3f} dt:{dt * 1000:.1f}ms "
+                    f"tok_per_sec:{rate:.0f} train_time:{state['train_time']:.1f}s eta:{sum(dts) / len(dts) * (phase.end - step - 1) / 60:.1f}m")
             step += 1
     loader.close()
     if main_rank:
         log_file.close()
         if last:
-            report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, flops, started)
+            report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, started)
         else:
             print(f"stopped at step {step}; go on with --resume {out}")
         locked.close()
@@ -835,7 +845,7 @@ def main(argv=None):
     ranks.close()
 
 
-def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, flops, started):
+def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, started):
     """Print what a finished run has learnt: a few samples, its bpb beside that of compressors, and a JSON object as the last line."""
     device = model.cos.device
     from sample import Plan, Sampling, complete                             # which imports Triton: the other ranks need neither
@@ -856,7 +866,7 @@ def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, m
     print(f"val bpb on {metrics['bytes']:,} bytes: " + "  ".join(f"{name} {value:.4f}" for name, value in rows if value is not None))
     print(json.dumps({**result, "seconds": round(time.time() - started, 1), "train_seconds": round(state["train_time"], 1), "step": step,
                       "checkpoint": str(checkpoint_steps(out)[-1]), "params_total": sum(count_parameters(model.config).values()),
-                      "flops_per_token": flops, "val_bytes": metrics["bytes"],
+                      "flops_per_token": flops_per_token(model.config), "val_bytes": metrics["bytes"],
                       "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}))
 
 
