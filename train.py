@@ -138,7 +138,8 @@ class TrainConfig:
     def __post_init__(self):
         sizes = "total_batch_tokens", "device_batch_size", "num_steps", "eval_tokens", "sequence_len"
         rates = "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"
-        for names, low, end, must in ((sizes, 1, 2 ** 62, "be at least 1, and below 2^62"), (("seed",), 0, 2 ** 63, "not be negative, and below 2^63"),
+        for names, low, end, must in ((sizes, 1, 2 ** 62, "be at least 1, and below 2^62"),
+                                      (("seed",), 0, 2 ** 63, "not be negative, and below 2^63"),
                                       (rates, 0, 1000, "not be negative, and below 1000")):
             for name in names:
                 if not low <= getattr(self, name) < end:
