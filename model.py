@@ -175,7 +175,7 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss=cross_
     """
     x_grad = torch.empty_like(x)
     loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    step = max(1, LOSS_CHUNK_LOGITS.get(x.device.type, LOSS_CHUNK_LOGITS["cpu"]) // weight.size(0))
+    step = max(1, LOSS_CHUNK_LOGITS[x.device.type] // weight.size(0))
     for i in range(0, x.size(0), step):
         x_chunk = x[i:i + step]
         nats, grad = chunk_loss(x_chunk @ weight.T, targets[i:i + step], scale)    # grad (n, V)
@@ -478,11 +478,9 @@ class PoE(nn.Module):
         return x
 
     def head_weight(self, k):
-        """The merged head of stage k, W + W_k: (V, C), compute dtype."""
-        return self.merge_head(k) if self.merged_heads is None else self.merged_heads[k]
-
-    def merge_head(self, k):
-        """W + W_k, summed in the parameters' dtype and rounded once."""
+        """The merged head of stage k, W + W_k: (V, C), summed in the parameters' dtype and rounded once to the compute dtype."""
+        if self.merged_heads is not None:
+            return self.merged_heads[k]
         weight = self.lm_head.weight
         if self.lm_head_stages:
             weight = weight + self.lm_head_stages[k].weight
@@ -529,23 +527,23 @@ class PoE(nn.Module):
             if self.config.objective == "poe":
                 normed.backward(normed_grad.view_as(normed))
                 x, x0 = x.detach(), x0.detach()                             # the locality contract
-                if last:
-                    self._add_to_shared_head(head)
+                if last and self.lm_head_stages:
+                    self._add_to_shared_head(k)
                 yield k, loss
             else:
                 pending.append((normed, normed_grad.view_as(normed), loss))
         if pending:
-            torch.autograd.backward([p[0] for p in pending], [p[1] for p in pending])
-            for head in self.lm_head_stages if last else ():
-                self._add_to_shared_head(head)
-            yield from ((k, p[2]) for k, p in enumerate(pending))
+            tops, grads, losses = zip(*pending)
+            torch.autograd.backward(tops, grads)
+            for k in range(len(self.lm_head_stages)) if last else ():
+                self._add_to_shared_head(k)
+            yield from enumerate(losses)
 
     @torch.no_grad()
-    def _add_to_shared_head(self, head):
-        """Add the gradient of a stage's own head to the shared head's."""
-        if head is not self.lm_head:
-            shared = self.lm_head.weight
-            shared.grad = head.weight.grad.clone() if head is self.lm_head_stages[0] else shared.grad.add_(head.weight.grad)
+    def _add_to_shared_head(self, k):
+        """Add the gradient of stage k's own head to the shared head's, which begins as that of stage 0."""
+        shared, grad = self.lm_head.weight, self.lm_head_stages[k].weight.grad
+        shared.grad = grad.clone() if k == 0 else shared.grad.add_(grad)
 
     def stage_of(self, name):
         """The stage that trains parameter `name`, or None for the shared head, which all stages train."""
@@ -580,7 +578,8 @@ class PoE(nn.Module):
             for module in block.modules():
                 if isinstance(module, Linear):
                     module.keep_cast(self.compute_dtype)
-        self.merged_heads = [self.merge_head(k) for k in range(self.config.n_stage)]
+        self.merged_heads = None                                            # of the old weights
+        self.merged_heads = [self.head_weight(k) for k in range(self.config.n_stage)]
 
     # -- inference ----------------------------------------------------------------------------------------------
 
@@ -754,11 +753,9 @@ def load_tensors(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} is not a file of tensors: {str(e).splitlines()[0]}; use another step") from None
-    def dense(value):
-        return isinstance(value, int) or (isinstance(value, torch.Tensor) and not value.is_meta and value.layout == torch.strided)
-
     values = tensors.values() if isinstance(tensors, dict) else [None]
-    if not all(dense(x) for value in values for x in (value.values() if isinstance(value, dict) else [value])):
+    values = [x for value in values for x in (value.values() if isinstance(value, dict) else [value])]      # an optimizer's are dicts by name
+    if not all(isinstance(x, int) or (isinstance(x, torch.Tensor) and not x.is_meta and x.layout == torch.strided) for x in values):
         raise ValueError(f"{path} holds something else than dense tensors by name; use another step")
     return tensors
 
