@@ -112,9 +112,9 @@ class Tokenizer:
             start = stop
         return np.concatenate(parts, dtype=np.uint16, casting="unsafe")     # ids fit in 16 bits: see `load`
 
-    def encode_documents(self, texts, num_threads=2):
+    def encode_documents(self, texts):
         """Concatenate documents, each beginning with bos: uint16 (n,)."""
-        with ThreadPoolExecutor(num_threads) as pool:                       # tiktoken works outside the interpreter lock
+        with ThreadPoolExecutor(2) as pool:                                 # tiktoken works outside the interpreter lock
             return np.concatenate([np.zeros(0, np.uint16), *pool.map(self.encode_array, texts)])
 
     def decode_bytes(self, ids):
@@ -275,14 +275,12 @@ class Mix:
         if np.abs(tenths - tenths.round()).max() > 1e-6 or tenths.sum() > 1e5:      # not tenths of a percent: take a thousand cards
             tenths = np.maximum(1, 1000 * tenths / tenths.sum())
         cards = tenths.round().astype(np.int64)
-        self.cards = (cards // np.gcd.reduce(cards)).astype(np.uint64)
-        draw = np.random.Generator(np.random.PCG64(seed)).random(int(self.cards.sum()))
-        places = np.concatenate([np.arange(c) / c for c in self.cards]) + draw / np.repeat(self.cards, self.cards.astype(int))
-        owner = np.repeat(np.arange(len(sources)), self.cards.astype(int))
-        order = np.argsort(places, kind="stable")
-        self.deck = owner[order]                                            # source of each card
-        number = np.concatenate([np.arange(c) for c in self.cards]).astype(np.uint64)
-        self.number = number[order]                                         # its number among the cards of its source
+        cards //= np.gcd.reduce(cards)
+        owner = np.repeat(np.arange(len(sources)), cards)                   # source of each card
+        number = np.concatenate([np.arange(c) for c in cards])              # its number among the cards of its source
+        draw = np.random.Generator(np.random.PCG64(seed)).random(len(owner))
+        order = np.argsort(number / cards[owner] + draw / cards[owner], kind="stable")
+        self.cards, self.deck, self.number = cards.astype(np.uint64), owner[order], number[order].astype(np.uint64)
 
     def locate(self, indices):
         """Map global samples to (source, epoch, window), three integer arrays as long as `indices`."""
@@ -397,20 +395,20 @@ def validation_windows(mix, n_tokens):
 # Batches
 
 class Loader:
-    """Iterate over one rank's micro-batches for ever, from global sample `start`; a thread reads ahead.
+    """One rank's micro-batches for ever, by `next`, from global sample `start`; a thread reads ahead.
 
     A step takes the next `batch` samples, whatever the world size: they are cut into micro-batches of `micro_batch`, and rank r takes
-    the r-th, the (r + world)-th, ... of them, `n_micro` a step. Yields (inputs, targets), int64 (micro_batch, T) on `device`.
+    the r-th, the (r + world)-th, ... of them, `n_micro` a step. Gives (inputs, targets), int64 (micro_batch, T) on `device`.
     """
 
-    def __init__(self, mix, start, batch, micro_batch, device="cpu", rank=0, world=1, read_ahead=4):
+    def __init__(self, mix, start, batch, micro_batch, device="cpu", rank=0, world=1):
         assert batch % micro_batch == 0, f"batch {batch} is not a multiple of {micro_batch} sequences"
         import torch
         self.mix, self.start, self.batch, self.micro_batch = mix, start, batch, micro_batch
         self.mine = range(rank * micro_batch, batch, world * micro_batch)   # where this rank's micro-batches begin within a step
         self.n_micro = len(self.mine)
         self.device = torch.device(device)
-        self.queue, self.stopped = queue.Queue(maxsize=read_ahead), threading.Event()
+        self.queue, self.stopped = queue.Queue(maxsize=4), threading.Event()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
 
@@ -431,9 +429,6 @@ class Loader:
                     except queue.Full:
                         continue
             first += self.batch
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         item = self.queue.get()

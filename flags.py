@@ -80,18 +80,18 @@ class Ranks:
         Ranks.made = True
         self.distributed = distributed
         self.keeps_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun's agent does elsewhere
+        self.rendezvous = f"rendezvous at {place[0]}:{place[1]}"
         try:
             store = distributed.TCPStore(*place, is_master=self.keeps_store, wait_for_workers=False)
         except RuntimeError as e:
-            raise ValueError(f"rank {self.rank} finds no rendezvous at {place[0]}:{place[1]} ({str(e).splitlines()[0]}); set MASTER_ADDR and MASTER_PORT "
-                             f"to a free port of rank 0's machine, or use torchrun") from None
+            raise ValueError(f"rank {self.rank} finds no {self.rendezvous} ({str(e).splitlines()[0]}); set MASTER_ADDR and MASTER_PORT to a free port "
+                             f"of rank 0's machine, or use torchrun") from None
         meeting = self._meet(store)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=self.rank, world_size=self.world_size,
                                        store=distributed.PrefixStore(meeting, store))
         self.store = distributed.PrefixStore(meeting + "/beat", distributed.TCPStore(*place, is_master=False, wait_for_workers=False))
         self.names = self.gather(f"rank {self.rank} on {socket.gethostname()}")
-        # after torchrun restarted the ranks; its count is each node's own
-        self.restarted = any(self.gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+        self.restarted = any(self.gather(self.restarted))                   # torchrun's count is each node's own
         self.heard = {}         # rank -> (its last beat, when it came)
         self._beat("0")
         self.gather(None)
@@ -204,8 +204,8 @@ class Ranks:
         return {rank: time.monotonic() - when for rank, (_, when) in self.heard.items()}
 
     def _end(self, who, why):
-        print(f"{os.path.basename(sys.argv[0])}: error: {who} {why}; this rank ends too "
-              f"(--resume goes on from the last checkpoint)", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: error: {who} {why}; this rank ends too (--resume goes on from the last checkpoint)",
+              file=sys.stderr, flush=True)
         os._exit(1)
 
     def _watch_store(self):
@@ -213,11 +213,11 @@ class Ranks:
 
         Silence is counted in this thread's own turns: where the whole process stood still, nothing is to be said of the store.
         """
-        place, seen, turns = f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", None, 0
+        seen, turns = None, 0
         while not self.left.wait(BEAT):
             turns, seen = turns + 1 if seen == self.watched else 0, self.watched
             if turns * BEAT > SILENCE:
-                self._end(place, f"has not answered for {SILENCE:.0f} s")
+                self._end(f"the {self.rendezvous}", f"has not answered for {SILENCE:.0f} s")
 
     def _watch(self):
         while not self.closed.wait(BEAT):
@@ -229,7 +229,7 @@ class Ranks:
                 self._beat(str(time.monotonic()))
                 dead = [self.names[rank] for rank, silence in self._listen().items() if silence > SILENCE]
             except RuntimeError:
-                dead, why = [f"the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"], "is gone, with its process or its machine"
+                dead, why = [f"the {self.rendezvous}"], "is gone, with its process or its machine"
             if dead and not self.closed.is_set():
                 self._end(", ".join(dead), why)
 
