@@ -635,18 +635,17 @@ class Engine:
             self.cursors[0] += 1
         self.judge_all(n)
 
-    def cycle(self, n):
-        """n passes of stage 0, then `verify`: from 1 to n tokens."""
-        for i in range(n):
-            self.stage(0)
-            if i < n - 1:
-                self.decide(0)
-        self.verify(n)
-
     def draft(self):
         """Stage 0 at the newest token, and its choice."""
         self.stage(0)
         self.decide(0)
+
+    def cycle(self, n):
+        """n passes of stage 0, then `verify`: from 1 to n tokens."""
+        for _ in range(n - 1):
+            self.draft()
+        self.stage(0)
+        self.verify(n)
 
     def widths(self, n):
         """Positions of a row in the passes that bring a stage up over n: as few passes as can be, each of whole tiles."""
