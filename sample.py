@@ -552,9 +552,13 @@ class Engine:
         """Move the cursor of stage k past the positions that it has run."""
         self.cursors[k + 1] = torch.minimum(self.cursors[k], self.cursors[k + 1] + self.width)
 
+    def product(self, positions, n_experts):
+        """Log-probabilities after each position (of one row, or one of each) by the product so far: (n, V)."""
+        return combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)
+
     def best(self, positions, n_experts):
-        """The best token after each position by the product so far, its log-probability, and top-1 less top-2: three (n,). Reports the first two."""
-        log_probs = combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)       # (n, V)
+        """The best token after each position, its log-probability, and top-1 less top-2: three (n,). Reports the first two."""
+        log_probs = self.product(positions, n_experts)
         tokens = log_probs.argmax(dim=-1, keepdim=True)
         top, second = log_probs.gather(1, tokens)[:, 0], log_probs.scatter(1, tokens, -torch.inf).amax(dim=-1)
         self.report_choice(tokens[:, 0], top)
@@ -576,15 +580,15 @@ class Engine:
         self.passes[k] += 1
 
     def choose(self, positions, n_experts):
-        """Choose the token after each position (of one row, or one of each), and report them: (tokens, margins, top log-probabilities)."""
+        """Choose and report the token after each position. Returns it, and the best one's log-probability and margin: three (n,)."""
         best, top, margin = (self.kernels or self).best(positions, n_experts)
         s = self.sampling
         if s.temperature == 0:
-            return best, margin, top
-        log_probs = combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)
+            return best, top, margin
+        log_probs = self.product(positions, n_experts)
         tokens = draw(log_probs, s.temperature, s.top_k, s.top_p, s.seed, self.noise_rows.expand(len(positions)), positions + 1)
         self.report_choice(tokens, log_probs.gather(1, tokens[:, None])[:, 0])
-        return tokens, margin, top
+        return tokens, top, margin
 
     def decide(self, k):
         """Choose the token after stage 0's last position by prefix k + 1; it is known from now on if prefix k + 1 is sure enough.
@@ -593,7 +597,7 @@ class Engine:
         Reports whether it is, the token and its log-probability.
         """
         after = self.cursors[1]                                             # (1,): where the token will stand
-        token, margin, top = self.choose(after - 1, k + 1)
+        token, top, margin = self.choose(after - 1, k + 1)
         if k < self.last and self.plan.forced_lifts is not None:
             sure = self.chances[after] >= self.plan.forced_lifts
         elif k < self.last and self.plan.exits:
