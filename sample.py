@@ -669,8 +669,7 @@ class Engine:
         """Start a step, by its graph where there are graphs; return a function that waits for its report, numpy (3, n)."""
         if self.kernels is None:
             getattr(self, step)(*args)
-            report = self.report.clone()
-            return report.cpu().numpy if report.is_cuda else report.numpy
+            return self.report.to("cpu", copy=True).numpy
         graph, host, passes = self.graphs.get((step, *args)) or self.capture(step, *args)
         graph.replay()
         self.passes = [a + b for a, b in zip(self.passes, passes)]
@@ -783,7 +782,7 @@ def generate_adaptive(engine, max_new_tokens):
             flying.append(engine.start("draft"))
     for left in range(max_new_tokens, 0, -1):
         run_ahead(left)
-        (sure, *_), (token, *_), (log_prob, *_) = flying.popleft()()
+        sure, token, log_prob = flying.popleft()()[:, 0]
         waiting, k = [0] + [n + 1 for n in waiting[1:]], 0
         if not sure:
             engine.passes[0] -= len(flying)
@@ -798,7 +797,7 @@ def generate_adaptive(engine, max_new_tokens):
             if k == engine.last:
                 run_ahead(left - 1)                                         # it is sure
             if decides:
-                (sure, *_), (token, *_), (log_prob, *_) = wait()
+                sure, token, log_prob = wait()[:, 0]
         yield [[Token(int(token), float(log_prob), k, k + 1)]], 0
 
 
