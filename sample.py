@@ -901,31 +901,28 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
     """
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
-    jobs, engines = [i // n_samples for i in range(len(prompts) * n_samples)], {}
-    size = 1 if plan.draft_len or plan.adaptive else ROWS
-    for first in range(0, len(jobs), size):
-        group = range(first, min(first + size, len(jobs)))
-        if len(group) not in engines:
-            engines = {len(group): Engine(model, plan, len(group), sampling, fast)}
-        engine = engines[len(group)]
-        engine.begin([encoded[jobs[i]] for i in group], group)
-        rows, decoder = continue_rows(engine, max_new_tokens, tokenizer.bos), codecs.getincrementaldecoder("utf-8")(errors="replace")
-        out, counts = [[] for _ in group], None
-        for new, stopped, counts in rows:
-            for row, tokens in enumerate(new):
-                out[row] += tokens
+    n, size, engine = len(prompts) * n_samples, 1 if plan.draft_len or plan.adaptive else ROWS, None
+    for first in range(0, n, size):
+        group = range(first, min(first + size, n))                          # number i is a sample of prompt i // n_samples
+        if engine is None or engine.n_rows != len(group):
+            engine = Engine(model, plan, len(group), sampling, fast)
+        engine.begin([encoded[i // n_samples] for i in group], group)
+        out, decoder = [[] for _ in group], codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for new, stopped, counts in continue_rows(engine, max_new_tokens, tokenizer.bos):
+            for tokens, more in zip(out, new):
+                tokens += more
             if on_text and first == 0:
                 on_text(decoder.decode(tokenizer.decode_bytes([token.id for token in new[0]])))
         if on_text and first == 0:
             on_text(decoder.decode(b"", final=True))
-        for row, i in enumerate(group):
-            ids = [token.id for token in out[row]]
-            yield {"prompt": prompts[jobs[i]], "completion": tokenizer.decode(ids), "token_ids": ids, "log_probs": [t.log_prob for t in out[row]],
-                   "stages": [t.stage for t in out[row]], "depths": [t.depth for t in out[row]],
-                   "stopped": "bos" if stopped[row] else "length", **(counts if plan.draft_len else {})}
+        for i, tokens, met_bos in zip(group, out, stopped):
+            ids = [token.id for token in tokens]
+            yield {"prompt": prompts[i // n_samples], "completion": tokenizer.decode(ids), "token_ids": ids,
+                   "log_probs": [token.log_prob for token in tokens], "stages": [token.stage for token in tokens],
+                   "depths": [token.depth for token in tokens], "stopped": "bos" if met_bos else "length", **(counts if plan.draft_len else {})}
 
 
-def continue_rows(engine, max_new_tokens, bos=None):
+def continue_rows(engine, max_new_tokens, bos):
     """Yield (new tokens of each row, which rows have met `bos`, counts) step by step, cut at bos and at `max_new_tokens`.
 
     counts: cycles, drafts judged (the accepted and the first rejected of each cycle) and accepted, over the cycles that were not cut.
@@ -942,11 +939,10 @@ def continue_rows(engine, max_new_tokens, bos=None):
                 stopped[row], ids = True, ids[:ids.index(bos)]
             kept.append(tokens[:len(ids)])
         if whole and not all(stopped):
-            accepted = len(new[0]) - 1
             counts["cycles"] += 1
-            counts["accepted"] += accepted
-            counts["judged"] += min(accepted + 1, drafted)
-        yield kept, stopped, dict(counts)
+            counts["judged"] += min(len(new[0]), drafted)
+            counts["accepted"] += len(new[0]) - 1
+        yield kept, stopped, counts
         if all(stopped):
             break
 
