@@ -36,7 +36,7 @@ from flags import flag, parse_flags, run
 from model import (PRESETS, Linear, LinearByCast, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device, flops_per_token, get,
                    head_cross_entropy, norm, softcap, stage_bytes)
 from muon import MuonAdamW
-from sample import Engine, Plan, count_new_tokens, decode_timed, kernels_fit, make_plan
+from sample import Engine, Plan, clock, count_new_tokens, decode_timed, kernels_fit, make_plan
 from train import RECIPES, optimizer_groups
 
 
@@ -250,12 +250,6 @@ def matmul_rate(device, dtype):
 def say(line):
     """Progress, apart from the results."""
     print(line, file=sys.stderr, flush=True)
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def largest_batch(measure, clear, guess):
@@ -473,7 +467,7 @@ def bench_plans(model_config, config, bounds, metrics):
                 plans[name] = make_plan(model_config, mode, wand_margin=margin, bounds=bounds, metrics=metrics)
             except ValueError as e:
                 if not config.preset:                                       # random weights have no bounds
-                    print(f"not measured: {e}", file=sys.stderr)
+                    say(f"not measured: {e}")
         plans |= {f"curve: margin {t:g}": Plan(range(K), exits=(t,) * (K - 1)) for t in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)}
         plans |= {f"curve: top-1 {t:g}": Plan(range(K), exits=(t, *[math.inf] * (K - 2)), score="probability")
                   for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)}

@@ -804,24 +804,29 @@ def generate_adaptive(engine, max_new_tokens):
 Run = namedtuple("Run", "ids depths seconds first cycles judged accepted")
 
 
+def clock(device):
+    """Seconds, by when a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def decode_timed(engine, prompt, n_new):
     """Continue one prompt by at least n_new tokens: a `Run`. Seconds are of decoding alone, between two synchronisations; first: to the first token.
 
     judged: the accepted drafts and the first rejected one of each cycle.
     """
-    synchronize = torch.cuda.synchronize if engine.tokens.is_cuda else lambda: None
-    synchronize()
-    start, tokens, first, cycles, judged = time.perf_counter(), [], None, 0, 0
+    device, tokens, first, cycles, judged = engine.tokens.device, [], None, 0, 0
+    start = clock(device)
     engine.begin([prompt])
-    synchronize()
-    begun = time.perf_counter()
+    begun = clock(device)
     for (new,), drafted in generate(engine, n_new):
         first = first or time.perf_counter() - start
         tokens += new
         cycles += 1
         judged += min(len(new), drafted)
-    synchronize()
-    return Run([t.id for t in tokens], [t.depth for t in tokens], time.perf_counter() - begun, first, cycles, judged, len(tokens) - cycles)
+    seconds = clock(device) - begun
+    return Run([token.id for token in tokens], [token.depth for token in tokens], seconds, first, cycles, judged, len(tokens) - cycles)
 
 
 # ---------------------------------------------------------------------------------------------------------------
