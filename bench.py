@@ -429,6 +429,19 @@ def bench_training(config):
             "matmul_flops_per_s": ceiling, "nominal_flops_per_s": nominal, "variants": out}
 
 
+def training_table(result):
+    """The benchmark of training as a table for people."""
+    header = ["variant", "micro-batch", "forward + backward", "min to max", "of bp", "optimizer", "tokens/s", "with optimizer", "MFU",
+              "with optimizer", "of matmul", "activations", "peak", "largest micro-batch"]
+    return markdown(header, [
+        [row["name"], f"{row['device_batch_size']}", f"{row['fwdbwd_ms']:.1f} ms", f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}",
+         cell(row["of_bp"], ".3f"), cell(row["optimizer_ms"], ".1f", " ms"), f"{row['tokens_per_s']:,.0f}",
+         cell(row["tokens_per_s_with_optimizer"], ",.0f"), cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"),
+         f"{row['mfu_matmul']:.1%}", *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")),
+         cell(row["largest_micro_batch"], "d")]
+        for row in result["variants"]])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Decoding: sample.py --bench
 
@@ -594,19 +607,6 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
         print(f"compiling and capturing: {result['capture_s']:.1f} s in all; peak memory {result['peak_bytes'] / 2 ** 30:.2f} GiB; memory bandwidth "
               f"{(result['nominal_bytes_per_s'] or 0) / 1e12:.2f} TB/s nominal, {result['copy_bytes_per_s'] / 1e12:.2f} by copying")
     print(json.dumps(result))
-
-
-def training_table(result):
-    """The benchmark of training as a table for people."""
-    header = ["variant", "micro-batch", "forward + backward", "min to max", "of bp", "optimizer", "tokens/s", "with optimizer", "MFU",
-              "with optimizer", "of matmul", "activations", "peak", "largest micro-batch"]
-    return markdown(header, [
-        [row["name"], f"{row['device_batch_size']}", f"{row['fwdbwd_ms']:.1f} ms", f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}",
-         cell(row["of_bp"], ".3f"), cell(row["optimizer_ms"], ".1f", " ms"), f"{row['tokens_per_s']:,.0f}",
-         cell(row["tokens_per_s_with_optimizer"], ",.0f"), cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"),
-         f"{row['mfu_matmul']:.1%}", *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")),
-         cell(row["largest_micro_batch"], "d")]
-        for row in result["variants"]])
 
 
 def main(argv=None):
