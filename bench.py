@@ -32,11 +32,12 @@ import torch.nn.functional as F
 
 import model as model_file
 from dataloader import Loader, open_data
+from evaluate import markdown
 from flags import flag, parse_flags, run
 from model import (PRESETS, Linear, LinearByCast, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device,
                    flops_per_token, get, head_cross_entropy, norm, softcap, stage_bytes)
 from muon import MuonAdamW
-from sample import Engine, Plan, count_new_tokens, decode_timed, kernels_fit, make_plan
+from sample import Engine, Plan, clock, count_new_tokens, decode_timed, kernels_fit, make_plan
 from train import RECIPES, optimizer_groups
 
 
@@ -252,15 +253,14 @@ def matmul_rate(device, dtype):
     return 2 * n ** 3 / statistics.median(times)
 
 
+def cell(value, form, unit=""):
+    """A table's cell: empty for None."""
+    return "" if value is None else format(value, form) + unit
+
+
 def say(line):
     """Progress, apart from the results."""
     print(line, file=sys.stderr, flush=True)
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def largest_batch(measure, clear, guess):
@@ -436,6 +436,19 @@ def bench_training(config):
             "matmul_flops_per_s": ceiling, "nominal_flops_per_s": nominal, "variants": out}
 
 
+def training_table(result):
+    """The benchmark of training as a table for people."""
+    header = ["variant", "micro-batch", "forward + backward", "min to max", "of bp", "optimizer", "tokens/s", "with optimizer", "MFU",
+              "with optimizer", "of matmul", "activations", "peak", "largest micro-batch"]
+    return markdown(header, [
+        [row["name"], f"{row['device_batch_size']}", f"{row['fwdbwd_ms']:.1f} ms", f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}",
+         cell(row["of_bp"], ".3f"), cell(row["optimizer_ms"], ".1f", " ms"), f"{row['tokens_per_s']:,.0f}",
+         cell(row["tokens_per_s_with_optimizer"], ",.0f"), cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"),
+         f"{row['mfu_matmul']:.1%}", *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")),
+         cell(row["largest_micro_batch"], "d")]
+        for row in result["variants"]])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Decoding: sample.py --bench
 
@@ -481,7 +494,7 @@ def bench_plans(model_config, config, bounds, metrics):
                 plans[name] = make_plan(model_config, mode, wand_margin=margin, bounds=bounds, metrics=metrics)
             except ValueError as e:
                 if not config.preset:                                       # random weights have no bounds
-                    print(f"not measured: {e}", file=sys.stderr)
+                    say(f"not measured: {e}")
         plans |= {f"curve: margin {t:g}": Plan(range(K), exits=(t,) * (K - 1)) for t in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)}
         plans |= {f"curve: top-1 {t:g}": Plan(range(K), exits=(t, *[math.inf] * (K - 2)), score="probability")
                   for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)}
@@ -546,27 +559,24 @@ def bench(model, prompts, config, plans):
             "first_token_s": statistics.median(run.first for of, _ in rounds[name][1:] for run in of)})
     return {"device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__,
             "dtype": str(model.compute_dtype).removeprefix("torch."), "prompts": len(prompts), "max_new_tokens": n_new,
-            "repeats": config.bench_repeats, "forced_acceptance": config.forced_acceptance, "forced_lifts": config.forced_lifts, "nominal_bytes_per_s": nominal, "copy_bytes_per_s": copied,
-            "capture_s": sum(engine.capture_seconds for engine in engines.values()),
+            "repeats": config.bench_repeats, "forced_acceptance": config.forced_acceptance, "forced_lifts": config.forced_lifts,
+            "nominal_bytes_per_s": nominal, "copy_bytes_per_s": copied, "capture_s": sum(engine.capture_seconds for engine in engines.values()),
             "peak_bytes": torch.cuda.max_memory_allocated() if on_cuda else None, "modes": rows}
 
 
 def bench_table(result, bpb):
     """The benchmark as a table for people. bpb: {name: bits per byte}, as evaluate.py measured it."""
-    def cell(value, form):
-        return "" if value is None else format(value, form)
-    lines = ["| mode | bpb | tokens/s | min to max | ms/token | speedup | tokens/cycle | acceptance | left after s0, s1, ... | agrees with full "
-             "| MB/token | of nominal | of copy | first token |", "| --- |" + " ---: |" * 13]
+    header = ["mode", "bpb", "tokens/s", "min to max", "ms/token", "speedup", "tokens/cycle", "acceptance", "left after s0, s1, ...",
+              "agrees with full", "MB/token", "of nominal", "of copy", "first token"]
+    rows = []
     for row in result["modes"]:
         lossless = row["identical"] and row["name"].startswith(("full", "speculative"))      # the same text alone is not the same distribution
-        cells = (row["name"], cell(bpb.get(row["name"], bpb.get("full") if lossless else None), ".4f"), cell(row["tokens_per_s"], ".1f"),
-                 f"{row['tokens_per_s_min']:.1f} to {row['tokens_per_s_max']:.1f}", cell(row["ms_per_token"], ".3f"),
-                 cell(row["speedup"], ".2f") + "x",
-                 cell(row["tokens_per_cycle"], ".2f"), cell(row["acceptance"], ".4f"), " ".join(f"{share:.3f}" for share in row["exits"]),
-                 "identical" if row["identical"] else cell(row["agreement"], ".4f"), cell(row["bytes_per_token"] / 1e6, ".1f"),
-                 cell(row["share_of_nominal"], ".1%"), cell(row["share_of_copy"], ".1%"), cell(row["first_token_s"] * 1e3, ".1f") + " ms")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([row["name"], cell(bpb.get(row["name"], bpb.get("full") if lossless else None), ".4f"), f"{row['tokens_per_s']:.1f}",
+                     f"{row['tokens_per_s_min']:.1f} to {row['tokens_per_s_max']:.1f}", f"{row['ms_per_token']:.3f}", f"{row['speedup']:.2f}x",
+                     f"{row['tokens_per_cycle']:.2f}", cell(row["acceptance"], ".4f"), " ".join(f"{share:.3f}" for share in row["exits"]),
+                     "identical" if row["identical"] else cell(row["agreement"], ".4f"), f"{row['bytes_per_token'] / 1e6:.1f}",
+                     cell(row["share_of_nominal"], ".1%"), cell(row["share_of_copy"], ".1%"), f"{row['first_token_s'] * 1e3:.1f} ms"])
+    return markdown(header, rows)
 
 
 def random_model(preset, device, dtype, seed):
@@ -606,23 +616,6 @@ def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoin
         print(f"compiling and capturing: {result['capture_s']:.1f} s in all; peak memory {result['peak_bytes'] / 2 ** 30:.2f} GiB; memory bandwidth "
               f"{(result['nominal_bytes_per_s'] or 0) / 1e12:.2f} TB/s nominal, {result['copy_bytes_per_s'] / 1e12:.2f} by copying")
     print(json.dumps(result))
-
-
-def training_table(result):
-    """The benchmark of training as a table for people."""
-    def cell(value, form, unit=""):
-        return "" if value is None else format(value, form) + unit
-    lines = ["| variant | micro-batch | forward + backward | min to max | of bp | optimizer | tokens/s | with optimizer | MFU | with optimizer "
-             "| of matmul | activations | peak | largest micro-batch |", "| --- |" + " ---: |" * 13]
-    for row in result["variants"]:
-        cells = (row["name"], cell(row["device_batch_size"], "d"), cell(row["fwdbwd_ms"], ".1f", " ms"),
-                 f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}", cell(row["of_bp"], ".3f"),
-                 cell(row["optimizer_ms"], ".1f", " ms"), cell(row["tokens_per_s"], ",.0f"), cell(row["tokens_per_s_with_optimizer"], ",.0f"),
-                 cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"), cell(row["mfu_matmul"], ".1%"),
-                 *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")),
-                 cell(row["largest_micro_batch"], "d"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main(argv=None):

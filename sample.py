@@ -552,9 +552,13 @@ class Engine:
         """Move the cursor of stage k past the positions that it has run."""
         self.cursors[k + 1] = torch.minimum(self.cursors[k], self.cursors[k + 1] + self.width)
 
+    def product(self, positions, n_experts):
+        """Log-probabilities after each position (of one row, or one of each) by the product so far: (n, V)."""
+        return combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)
+
     def best(self, positions, n_experts):
-        """The best token after each position by the product so far, its log-probability, and top-1 less top-2: three (n,). Reports the first two."""
-        log_probs = combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)       # (n, V)
+        """The best token after each position, its log-probability, and top-1 less top-2: three (n,). Reports the first two."""
+        log_probs = self.product(positions, n_experts)
         tokens = log_probs.argmax(dim=-1, keepdim=True)
         top, second = log_probs.gather(1, tokens)[:, 0], log_probs.scatter(1, tokens, -torch.inf).amax(dim=-1)
         self.report_choice(tokens[:, 0], top)
@@ -576,15 +580,15 @@ class Engine:
         self.passes[k] += 1
 
     def choose(self, positions, n_experts):
-        """Choose the token after each position (of one row, or one of each), and report them: (tokens, margins, top log-probabilities)."""
+        """Choose and report the token after each position. Returns it, and the best one's log-probability and margin: three (n,)."""
         best, top, margin = (self.kernels or self).best(positions, n_experts)
         s = self.sampling
         if s.temperature == 0:
-            return best, margin, top
-        log_probs = combine(self.sums if self.n_rows > 1 else self.sums[positions % SLOTS], n_experts)
+            return best, top, margin
+        log_probs = self.product(positions, n_experts)
         tokens = draw(log_probs, s.temperature, s.top_k, s.top_p, s.seed, self.noise_rows.expand(len(positions)), positions + 1)
         self.report_choice(tokens, log_probs.gather(1, tokens[:, None])[:, 0])
-        return tokens, margin, top
+        return tokens, top, margin
 
     def decide(self, k):
         """Choose the token after stage 0's last position by prefix k + 1; it is known from now on if prefix k + 1 is sure enough.
@@ -593,7 +597,7 @@ class Engine:
         Reports whether it is, the token and its log-probability.
         """
         after = self.cursors[1]                                             # (1,): where the token will stand
-        token, margin, top = self.choose(after - 1, k + 1)
+        token, top, margin = self.choose(after - 1, k + 1)
         if k < self.last and self.plan.forced_lifts is not None:
             sure = self.chances[after] >= self.plan.forced_lifts
         elif k < self.last and self.plan.exits:
@@ -635,18 +639,17 @@ class Engine:
             self.cursors[0] += 1
         self.judge_all(n)
 
-    def cycle(self, n):
-        """n passes of stage 0, then `verify`: from 1 to n tokens."""
-        for i in range(n):
-            self.stage(0)
-            if i < n - 1:
-                self.decide(0)
-        self.verify(n)
-
     def draft(self):
         """Stage 0 at the newest token, and its choice."""
         self.stage(0)
         self.decide(0)
+
+    def cycle(self, n):
+        """n passes of stage 0, then `verify`: from 1 to n tokens."""
+        for _ in range(n - 1):
+            self.draft()
+        self.stage(0)
+        self.verify(n)
 
     def widths(self, n):
         """Positions of a row in the passes that bring a stage up over n: as few passes as can be, each of whole tiles."""
@@ -666,8 +669,7 @@ class Engine:
         """Start a step, by its graph where there are graphs; return a function that waits for its report, numpy (3, n)."""
         if self.kernels is None:
             getattr(self, step)(*args)
-            report = self.report.clone()
-            return report.cpu().numpy if report.is_cuda else report.numpy
+            return self.report.to("cpu", copy=True).numpy
         graph, host, passes = self.graphs.get((step, *args)) or self.capture(step, *args)
         graph.replay()
         self.passes = [a + b for a, b in zip(self.passes, passes)]
@@ -780,7 +782,7 @@ def generate_adaptive(engine, max_new_tokens):
             flying.append(engine.start("draft"))
     for left in range(max_new_tokens, 0, -1):
         run_ahead(left)
-        (sure, *_), (token, *_), (log_prob, *_) = flying.popleft()()
+        sure, token, log_prob = flying.popleft()()[:, 0]
         waiting, k = [0] + [n + 1 for n in waiting[1:]], 0
         if not sure:
             engine.passes[0] -= len(flying)
@@ -795,11 +797,18 @@ def generate_adaptive(engine, max_new_tokens):
             if k == engine.last:
                 run_ahead(left - 1)                                         # it is sure
             if decides:
-                (sure, *_), (token, *_), (log_prob, *_) = wait()
+                sure, token, log_prob = wait()[:, 0]
         yield [[Token(int(token), float(log_prob), k, k + 1)]], 0
 
 
 Run = namedtuple("Run", "ids depths seconds first cycles judged accepted")
+
+
+def clock(device):
+    """Seconds, by when a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def decode_timed(engine, prompt, n_new):
@@ -807,19 +816,17 @@ def decode_timed(engine, prompt, n_new):
 
     judged: the accepted drafts and the first rejected one of each cycle.
     """
-    synchronize = torch.cuda.synchronize if engine.tokens.is_cuda else lambda: None
-    synchronize()
-    start, tokens, first, cycles, judged = time.perf_counter(), [], None, 0, 0
+    device, tokens, first, cycles, judged = engine.tokens.device, [], None, 0, 0
+    start = clock(device)
     engine.begin([prompt])
-    synchronize()
-    begun = time.perf_counter()
+    begun = clock(device)
     for (new,), drafted in generate(engine, n_new):
         first = first or time.perf_counter() - start
         tokens += new
         cycles += 1
         judged += min(len(new), drafted)
-    synchronize()
-    return Run([t.id for t in tokens], [t.depth for t in tokens], time.perf_counter() - begun, first, cycles, judged, len(tokens) - cycles)
+    seconds = clock(device) - begun
+    return Run([token.id for token in tokens], [token.depth for token in tokens], seconds, first, cycles, judged, len(tokens) - cycles)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -899,31 +906,28 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
     """
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
-    jobs, engines = [i // n_samples for i in range(len(prompts) * n_samples)], {}
-    size = 1 if plan.draft_len or plan.adaptive else ROWS
-    for first in range(0, len(jobs), size):
-        group = range(first, min(first + size, len(jobs)))
-        if len(group) not in engines:
-            engines = {len(group): Engine(model, plan, len(group), sampling, fast)}
-        engine = engines[len(group)]
-        engine.begin([encoded[jobs[i]] for i in group], group)
-        rows, decoder = continue_rows(engine, max_new_tokens, tokenizer.bos), codecs.getincrementaldecoder("utf-8")(errors="replace")
-        out, counts = [[] for _ in group], None
-        for new, stopped, counts in rows:
-            for row, tokens in enumerate(new):
-                out[row] += tokens
+    n, size, engine = len(prompts) * n_samples, 1 if plan.draft_len or plan.adaptive else ROWS, None
+    for first in range(0, n, size):
+        group = range(first, min(first + size, n))                          # number i is a sample of prompt i // n_samples
+        if engine is None or engine.n_rows != len(group):
+            engine = Engine(model, plan, len(group), sampling, fast)
+        engine.begin([encoded[i // n_samples] for i in group], group)
+        out, decoder = [[] for _ in group], codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for new, stopped, counts in continue_rows(engine, max_new_tokens, tokenizer.bos):
+            for tokens, more in zip(out, new):
+                tokens += more
             if on_text and first == 0:
                 on_text(decoder.decode(tokenizer.decode_bytes([token.id for token in new[0]])))
         if on_text and first == 0:
             on_text(decoder.decode(b"", final=True))
-        for row, i in enumerate(group):
-            ids = [token.id for token in out[row]]
-            yield {"prompt": prompts[jobs[i]], "completion": tokenizer.decode(ids), "token_ids": ids, "log_probs": [t.log_prob for t in out[row]],
-                   "stages": [t.stage for t in out[row]], "depths": [t.depth for t in out[row]],
-                   "stopped": "bos" if stopped[row] else "length", **(counts if plan.draft_len else {})}
+        for i, tokens, met_bos in zip(group, out, stopped):
+            ids = [token.id for token in tokens]
+            yield {"prompt": prompts[i // n_samples], "completion": tokenizer.decode(ids), "token_ids": ids,
+                   "log_probs": [token.log_prob for token in tokens], "stages": [token.stage for token in tokens],
+                   "depths": [token.depth for token in tokens], "stopped": "bos" if met_bos else "length", **(counts if plan.draft_len else {})}
 
 
-def continue_rows(engine, max_new_tokens, bos=None):
+def continue_rows(engine, max_new_tokens, bos):
     """Yield (new tokens of each row, which rows have met `bos`, counts) step by step, cut at bos and at `max_new_tokens`.
 
     counts: cycles, drafts judged (the accepted and the first rejected of each cycle) and accepted, over the cycles that were not cut.
@@ -940,11 +944,10 @@ def continue_rows(engine, max_new_tokens, bos=None):
                 stopped[row], ids = True, ids[:ids.index(bos)]
             kept.append(tokens[:len(ids)])
         if whole and not all(stopped):
-            accepted = len(new[0]) - 1
             counts["cycles"] += 1
-            counts["accepted"] += accepted
-            counts["judged"] += min(accepted + 1, drafted)
-        yield kept, stopped, dict(counts)
+            counts["judged"] += min(len(new[0]), drafted)
+            counts["accepted"] += len(new[0]) - 1
+        yield kept, stopped, counts
         if all(stopped):
             break
 
