@@ -378,10 +378,13 @@ def validation_slices(data, rows, config, say):
     """What to validate on: [(path, mix, windows)], the present data first, then that of earlier phases where it was other data."""
     slices, seen = [(data.path, data.val(config.sequence_len))], {data.sha256}
     for row in reversed(rows[:-1]):
-        if row.get("mix_sha256") not in seen:
-            seen.add(row.get("mix_sha256"))
+        if row["mix_sha256"] not in seen:
+            seen.add(row["mix_sha256"])
             try:
-                slices.append((row["mix"], open_data(row["mix"], config.vocab_size).val(config.sequence_len)))
+                earlier = open_data(row["mix"], config.vocab_size)
+                if earlier.sha256 != row["mix_sha256"]:
+                    raise ValueError(f"{row['mix'] or 'the embedded sample'} is not the data that it was")
+                slices.append((row["mix"], earlier.val(config.sequence_len)))
             except (OSError, ValueError) as e:
                 say(f"the validation slice of the earlier data is left out: {e}")
     return [(path, mix, validation_windows(mix, config.eval_tokens)) for path, mix in slices]

@@ -664,6 +664,18 @@ def test_continuing_an_unfinished_phase_is_allowed_and_said(trained, tmp_path, c
     assert [path.name for path in checkpoint_steps(tmp_path / "b")] == ["step-00003", "step-00004", "step-00008", "step-00011"]
 
 
+def test_earlier_data_that_was_made_anew_in_its_place_is_not_reported_as_what_it_was(data, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    train.main([*SMALL, "--data", str(mine), "--out", str(tmp_path / "a")])
+    manifest = json.loads((mine / "manifest.json").read_text())
+    manifest["sources"][0]["weight"] = 20
+    (mine / "manifest.json").write_text(json.dumps(manifest))
+    train.main(["--continue-from", str(tmp_path / "a" / "step-00006"), "--out", str(tmp_path / "b"), *CONTINUAL])
+    assert f"the validation slice of the earlier data is left out: {mine} is not the data that it was" in capsys.readouterr().out
+    assert log_lines(tmp_path / "b", "val") and not log_lines(tmp_path / "b", "val_old")
+
+
 def test_resuming_on_other_data_is_refused(trained, data, tmp_path, refused):
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(trained, run)
