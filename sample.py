@@ -1005,12 +1005,12 @@ def read_prompts(path):
         raise ValueError(f"--prompt-file {path!r}: {'standard input is closed' if path else 'the name is empty'}; give a file, or - and "
                          f"standard input")
     try:
-        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8")
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"--prompt-file {path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}; convert it first") from None
     if not text:
         raise ValueError(f"--prompt-file {path} is empty; give one prompt a line")
-    return text.removesuffix("\n").split("\n")
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")        # line ends of Windows are no part of a prompt, nor is a BOM
 
 
 def main(argv=None):

@@ -412,3 +412,8 @@ def test_a_closed_pipe_ends_quietly(trained):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=30) == 0
+
+
+def test_a_prompt_files_line_ends_and_byte_order_mark_are_no_part_of_its_prompts(tmp_path):
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfOne\r\n\r\nTwo \r\n")
+    assert sample.read_prompts(str(tmp_path / "windows.txt")) == ["One", "", "Two "]
