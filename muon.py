@@ -31,25 +31,57 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+GRAM_RESTART = 2
 STACK_ELEMENTS = 2 ** 26    # matrices of one shape are orthogonalised together, up to this many elements at once
 
 
 def orthogonalize(G):
-    """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately.
+    """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately. Returns the dtype of G.
 
-    Runs in bfloat16 on CUDA, where that is fast and enough, and in the dtype of G elsewhere, which it returns. (float16 is nearer to
-    the exact iteration, but d12 and tiny learnt no better with it.)
-    With G = U S V^T and X scaled to spectral norm <= 1, an iteration is X <- a X + (b A + c A^2) X, A = X X^T.
+    Runs in the dtype of G on a CPU and in 16 bits on CUDA, where matrices of more than 1 : 2 go through `polar_by_gram`.
     """
-    X = G.bfloat16() if G.is_cuda else G
-    tall = X.size(-2) > X.size(-1)
-    X = (X.mT if tall else X).reshape(-1, *sorted(X.shape[-2:]))            # (B, m, n), m <= n: iterate on the smaller Gram matrix
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    tall = G.size(-2) > G.size(-1)
+    X = (G.mT if tall else G).reshape(-1, *sorted(G.shape[-2:]))            # (B, m, n), m <= n: the smaller Gram matrix
+    norm = X.norm(dim=(-2, -1), keepdim=True, dtype=torch.promote_types(X.dtype, torch.float32))
+    X = X / (norm * 1.02 + 1e-6)                                            # spectral norm <= 1
+    if not G.is_cuda:
+        X = polar(X)
+    elif X.size(-1) > 2 * X.size(-2):
+        X = polar_by_gram(X.half())
+    else:
+        X = polar(X.bfloat16())
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+
+def polar(X):
+    """The iteration on X (B, m, n) = U S V^T: X <- a X + (b A + c A^2) X with A = X X^T moves each singular value and no singular vector."""
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT                                                        # (B, m, m)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)                         # b A + c A^2, without a pass of its own over A
         X = torch.baddbmm(X, B, X, beta=a)
-    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+    return X
+
+
+def polar_by_gram(X):
+    """`polar` by way of the Gram matrix (Zhang, Amsel, Chen, Dao: Gram Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz).
+
+    An iteration multiplies X from the left by P = a I + b A + c A^2, and A = X X^T by P from both sides, so it can run on (m, m) matrices
+    alone: 8 m^2 n + 28 m^3 FLOPs instead of 20 m^2 n + 10 m^3. A drifts from the X X^T of which it takes the place, so X is formed anew
+    after GRAM_RESTART iterations. It must be float16: in bfloat16 the loss of one d12 run in two jumped by 2 nats.
+    """
+    for part in (POLAR_EXPRESS[:GRAM_RESTART], POLAR_EXPRESS[GRAM_RESTART:]):
+        A, Q = X @ X.mT, None                                               # Q: the product of this part's P
+        for i, (a, b, c) in enumerate(part):
+            B = torch.baddbmm(A, A, A, beta=b, alpha=c)                     # P = a I + B
+            if Q is None:
+                Q = B.clone()
+                Q.diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
+                Q = torch.baddbmm(Q, B, Q, beta=a)
+            for _ in range(2 if i + 1 < len(part) else 0):
+                A = torch.baddbmm(A, B, A, beta=a)                          # from the left, then from the right: all of them commute
+        X = Q @ X
+    return X
 
 
 def elementwise(compile, function, tensors, numbers):

@@ -14,7 +14,7 @@ from conftest import ROOT
 from dataloader import open_data
 from evaluate import Slice, measure, score, summarize
 from model import LOSS_CHUNK_LOGITS, ModelConfig, PoE, attention_backends
-from muon import MuonAdamW
+from muon import MuonAdamW, orthogonalize, polar
 from sample import Engine, Plan, Sampling, generate
 from train import RECIPES, optimizer_groups
 
@@ -86,6 +86,15 @@ def test_backward_by_stage_holds_one_stages_activations(monkeypatch):
         return torch.cuda.max_memory_allocated() - before
     poe, joint = peak("poe"), peak("joint")
     assert poe < 0.5 * joint, (poe, joint)                      # four equal stages: about a quarter
+
+
+@pytest.mark.parametrize("shape", [(128, 800), (800, 128), (128, 128)])
+def test_orthogonalisation_in_16_bits_is_the_exact_iteration(shape):
+    G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = polar((G.double() if shape[0] <= shape[1] else G.double().mT) / (1.02 * G.double().norm(dim=(-2, -1), keepdim=True)))
+    ours = orthogonalize(G.cuda()).cpu().double()
+    error = (ours - (exact if shape[0] <= shape[1] else exact.mT)).norm() / exact.norm()
+    assert error < (0.03 if shape[0] == shape[1] else 0.01), error          # bfloat16, and float16
 
 
 def test_the_compiled_optimizer_moves_weights_as_the_plain_one():
