@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import model as model_file
 from dataloader import Loader, open_data
 from evaluate import markdown
-from flags import flag, parse_flags, run
+from flags import flag, parse_flags, run, spelled
 from model import (PRESETS, Linear, LinearByCast, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device,
                    flops_per_token, get, head_cross_entropy, norm, softcap, stage_bytes)
 from muon import MuonAdamW
@@ -226,7 +226,7 @@ class BenchConfig:
             raise ValueError("--largest looks beside the optimizer's state of poe or bp; leave --no-optimizer out and have one of them in --variants")
         for name in ("bench_repeats", "device_batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+                raise ValueError(f"{spelled(name)} {getattr(self, name)} must be at least 1")
         if not 0 <= self.seed < 2 ** 63:
             raise ValueError(f"--seed {self.seed} must be at least 0 and below 2^63")
         if self.largest and choose_device(self.device)[0].type != "cuda":

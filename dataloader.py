@@ -196,9 +196,10 @@ def open_shard(path, tokenizer):
         raise ValueError(f"shard {path} has {size} bytes where its header says {expected}: it was cut; "
                          f"run data/prepare.py tokenize again")
     if header["tokenizer_sha256"] != tokenizer.sha256.encode():
-        raise ValueError(f"shard {path} was written with another tokenizer ({header['vocab_size']} ids, sha256 "
-                         f"{header['tokenizer_sha256'][:12].decode(errors='replace')}..., expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...); "
-                         f"tokenise into a folder of its own with data/prepare.py tokenize")
+        theirs = header["tokenizer_sha256"][:12].decode(errors="replace")
+        raise ValueError(f"shard {path} was written with another tokenizer ({header['vocab_size']} ids, sha256 {theirs}..., "
+                         f"expected {tokenizer.vocab_size} and {tokenizer.sha256[:12]}...); tokenise into a folder of its own "
+                         f"with data/prepare.py tokenize")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.itemsize, shape=(int(header["n_tokens"]),))
 
 
@@ -268,7 +269,8 @@ class Mix:
         for source, n in zip(sources, self.windows):
             if n == 0:
                 raise ValueError(f"source {source.name} has {source.n_tokens} tokens, less than one window of {sequence_len + 1}; "
-                                 f"add text to it, drop it or lower --sequence-len")
+                                 f"add text to it, drop it, lower --sequence-len or, for validation, hold out more with data/prepare.py "
+                                 f"tokenize --val-fraction")
         tenths = np.array([10 * source.weight for source in sources])
         if not np.all((tenths > 0) & (tenths < 1e9)):
             raise ValueError(f"source weights must be positive, not {[source.weight for source in sources]}; mend the mix")
@@ -377,17 +379,17 @@ def _read_sample(tokenizer, split):
     return sources
 
 
-def validation_windows(mix, n_tokens):
-    """The first windows of a validation mix that hold `n_tokens` targets: a count of windows.
+def validation_windows(mix, n_tokens, flag):
+    """The first windows of a validation mix that hold `n_tokens` targets, which `flag` asked for: a count of windows.
 
     Raises ValueError when the mix has fewer (a window that came twice would be counted twice).
     """
     n, most = n_tokens // mix.T, mix.n_in_first_epoch()
     if n < 1:
-        raise ValueError(f"{n_tokens:,} validation tokens are less than one window of {mix.T}; raise --eval-tokens or --split-tokens")
+        raise ValueError(f"{flag} {n_tokens} is less than one window of {mix.T} tokens; raise it")
     if n > most:
-        raise ValueError(f"{n_tokens:,} validation tokens were asked for, but the validation shards hold {most * mix.T:,} in the mix's proportions; "
-                         f"lower --eval-tokens or --split-tokens")
+        raise ValueError(f"{flag} {n_tokens}: the validation text holds {most * mix.T} tokens in the mix's proportions; lower it, or hold out more "
+                         f"with data/prepare.py tokenize --val-fraction")
     return n
 
 

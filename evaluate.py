@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from dataloader import VAL_SEED, open_data, validation_windows, write_whole
-from flags import Ranks, flag, parse_flags, run
+from flags import Ranks, flag, parse_flags, run, spelled
 from model import (BOUNDS_KEY, attention_backends, checkpoint_steps, choose_device, get, load_checkpoint, norm, read_object, read_record, softcap,
                    stage_bytes)
 from sample import Engine, Plan, complete, decode_timed, kernels_fit
@@ -576,7 +576,7 @@ def open_slice(path, record, config, slices):
             raise ValueError(f"{folder or 'the embedded sample'} was tokenised with another tokenizer than {path}; use --data with its own")
         mix = data.val(model["sequence_len"])
         split = config.split_tokens or (SPLIT_TOKENS if data.path else mix.n_in_first_epoch() * mix.T)
-        n_windows = validation_windows(mix, split)
+        n_windows = validation_windows(mix, split, "--split-tokens")
         wand_tokens = config.wand_tokens or max(1, n_windows // 8) * mix.T
         n_calibration = wand_tokens // mix.T
         if not 1 <= n_calibration < n_windows:
@@ -1122,7 +1122,7 @@ class EvalConfig:
     def __post_init__(self):
         for name in ("device_batch_size", "split_tokens", "wand_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+                raise ValueError(f"{spelled(name)} {getattr(self, name)} must be at least 1")
         if self.speculative_prompts is not None and self.speculative_prompts < 0:
             raise ValueError(f"--speculative-prompts {self.speculative_prompts} must be 0 or more")
         if not 0 <= self.routing_cap < math.inf:

@@ -22,6 +22,11 @@ def flag(default, help, **more):
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
+def spelled(name):
+    """The flag of a dataclass field: peak_lrm is --peak-lrm."""
+    return "--" + name.replace("_", "-")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if _rank() == 0 else None)
@@ -39,7 +44,7 @@ def parse_flags(cls, description, argv=None, positionals=()):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
             type=f.type, choices=f.metadata.get("choices"), metavar=f.metadata.get("metavar"))
         shown = "" if f.default is None else f" (default: {f.default if f.default != '' else 'empty'})"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+        parser.add_argument(spelled(f.name), default=argparse.SUPPRESS,
                             help=(f.metadata["help"] + shown).replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 

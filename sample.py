@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from dataloader import Tokenizer, clean_text
-from flags import flag, parse_flags, run
+from flags import flag, parse_flags, run, spelled
 from model import (BOUNDS_KEY, PRESETS, QK_SCALE, SOFTCAP, KVCache, attention_backends, choose_device, combine, get, load_checkpoint,
                    read_object, resolve_checkpoint)
 
@@ -898,7 +898,7 @@ def count_new_tokens(config, encoded, asked, default=64):
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(), n_samples=1, fast=False, on_text=None):
-    """Yield the continuations of texts, `n_samples` of each in order, as dicts. on_text: called with the first one's text as it comes.
+    """Yield the continuations of texts, `n_samples` of each in order, as dicts. on_text: called with the first one's text as it comes, the prompt's first.
 
     max_new_tokens: None is 64, as far as the context goes.
     prompt, completion, token_ids, log_probs (nats), stages (that proposed each token), depths (stages that decided it), stopped ("bos" or
@@ -906,6 +906,8 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
     """
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
+    if on_text:
+        on_text(prompts[0])
     n, size, engine = len(prompts) * n_samples, 1 if plan.draft_len or plan.adaptive else ROWS, None
     for first in range(0, n, size):
         group = range(first, min(first + size, n))                          # number i is a sample of prompt i // n_samples
@@ -993,10 +995,10 @@ class SampleConfig:
                                ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "be at least 1"),
                                ("seed", 0 <= self.seed < 2 ** 63, "be 0 or more and below 2^63"), *shares):
             if not ok:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
+                raise ValueError(f"{spelled(name)} {getattr(self, name)} must {must}")
         for name in ("preset", "forced_acceptance", "forced_lifts"):
             if getattr(self, name) is not None and not self.bench:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} goes with --bench")
+                raise ValueError(f"{spelled(name)} {getattr(self, name)} goes with --bench")
 
 
 def read_prompts(path):
@@ -1022,7 +1024,7 @@ def main(argv=None):
     for name in misplaced:
         if name in given:
             why = "does nothing with --bench, which measures every mode, greedily" if config.bench else "goes with --bench"
-            raise ValueError(f"--{name.replace('_', '-')} {why}; leave it out")
+            raise ValueError(f"{spelled(name)} {why}; leave it out")
     if "draft_len" in given and not config.bench and config.mode != "speculative":
         raise ValueError(f"--draft-len {config.draft_len} goes with --mode speculative, not with --mode {config.mode}; leave it out")
     if (path is None) == (config.preset is None):
@@ -1054,8 +1056,6 @@ def main(argv=None):
         plan = make_plan(model.config, config.mode, config.stage, config.prefix, config.draft_len, config.draft_gate, config.wand_margin,
                          config.routing_threshold, record.get(BOUNDS_KEY), metrics)
         streaming = not config.json and len(prompts) * config.num_samples == 1
-        if streaming:
-            print(prompts[0], end="", flush=True)
         samples = complete(model, tokenizer, prompts, config.max_new_tokens, plan,
                            Sampling(config.temperature, config.top_k, config.top_p, config.seed), config.num_samples, config.compile,
                            on_text=(lambda text: print(text, end="", flush=True)) if streaming else None)

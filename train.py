@@ -44,7 +44,7 @@ from torch.nn.utils import get_total_norm
 
 from dataloader import Loader, open_data, validation_windows, write_whole
 from evaluate import read_log, score, slice_text, summarize, write_json
-from flags import Ranks, check_types, discard_stdout, flag, parse_flags, run
+from flags import Ranks, check_types, discard_stdout, flag, parse_flags, run, spelled
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends, attention_kernel, checkpoint_steps,
                    choose_device, count_parameters, flops_per_token, load_tensors, parameter_group, read_json, read_object, read_record,
                    sha256_of, verify_checkpoint)
@@ -143,7 +143,7 @@ class TrainConfig:
                                       (rates, 0, 1000, "not be negative, and below 1000")):
             for name in names:
                 if not low <= getattr(self, name) < end:
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must {must}")
+                    raise ValueError(f"{spelled(name)} {getattr(self, name)} must {must}")
         if self.keep_optim < 1 and self.keep_optim != -1:
             raise ValueError(f"--keep-optim {self.keep_optim} must be at least 1, or -1 to keep all")
         if self.reset_optimizer and not self.continue_from:
@@ -242,7 +242,7 @@ def resolve_config(given, restarted=False):
 
 def refuse(given, names, why):
     """Raise ValueError where one of these flags is given."""
-    if found := [f"--{name.replace('_', '-')}" for name in names if name in given]:
+    if found := [spelled(name) for name in names if name in given]:
         raise ValueError(f"{', '.join(found)} cannot be given with {why}")
 
 
@@ -387,7 +387,7 @@ def validation_slices(data, rows, config, say):
                 slices.append((row["mix"], earlier.val(config.sequence_len)))
             except (OSError, ValueError) as e:
                 say(f"the validation slice of the earlier data is left out: {e}")
-    return [(path, mix, validation_windows(mix, config.eval_tokens)) for path, mix in slices]
+    return [(path, mix, validation_windows(mix, config.eval_tokens, "--eval-tokens")) for path, mix in slices]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))             # th
 from data.hub import Hub, progress, sha256_of, warn
 from data.readers import BLOCK, READ_ERRORS, cut, format_of, in_pieces, read_records, text_of, zstd
 from dataloader import HERE, SPLIT_PATTERN, Tokenizer, clean_text, is_validation, open_data, open_shard, write_shard, write_whole
-from flags import flag, parse_flags, run
+from flags import flag, parse_flags, run, spelled
 
 SHARD_TOKENS = 1 << 25              # 2 bytes each
 SAMPLE_BYTES = 140_000_000          # of text that a tokenizer is trained on
@@ -457,7 +457,7 @@ def main():
     if sum(word.partition("=")[0] == "--source" for word in sys.argv) > 1:
         raise ValueError("--source is given more than once; give it once, comma-separated: --source a=PATH,b=PATH")
     function, names = COMMANDS[command]
-    if foreign := [f"--{name.replace('_', '-')}" for name in given if name not in names]:
+    if foreign := [spelled(name) for name in given if name not in names]:
         raise ValueError(f"{', '.join(foreign)} does nothing in {command}; leave it out (see --help)")
     function(Config(**given))
 

@@ -283,9 +283,11 @@ def test_weights_that_are_not_tenths_are_dealt_in_a_thousand_cards():
 
 def test_too_many_validation_tokens_are_refused_with_what_there_is():
     mix = Mix([source("a", 1, (1001,))], 10, 0)
-    assert validation_windows(mix, 1000) == 100
-    with pytest.raises(ValueError, match="1,010 validation tokens.*hold 1,000"):
-        validation_windows(mix, 1010)
+    assert validation_windows(mix, 1000, "--eval-tokens") == 100
+    with pytest.raises(ValueError, match="--eval-tokens 1010: .* holds 1000 tokens.*--val-fraction"):
+        validation_windows(mix, 1010, "--eval-tokens")
+    with pytest.raises(ValueError, match="--split-tokens 9 is less than one window of 10 tokens"):
+        validation_windows(mix, 9, "--split-tokens")
 
 
 # -- batches ------------------------------------------------------------------------------------------------------

@@ -314,7 +314,7 @@ def test_completion_stops_at_bos_and_holds_back_half_a_character(monkeypatch):
     a = tokenizer.decode([65])
     assert out[0] == {"prompt": "x", "completion": a + "é", "token_ids": [65, *e_acute], "log_probs": [-1.0] * 3, "stages": [2] * 3, "depths": [3] * 3, "stopped": "bos"}
     assert out[1]["token_ids"] == [66, 66] and out[1]["stopped"] == "bos"
-    assert "".join(streamed) == a + "é" and "\ufffd" not in "".join(streamed)
+    assert "".join(streamed) == "x" + a + "é" and "\ufffd" not in "".join(streamed)
 
 
 def test_the_script_prints_one_json_object_per_sample(trained, capsys):
@@ -398,6 +398,12 @@ def test_the_benchmark_prints_every_mode_and_one_json_line_last(trained, capsys)
 def test_bad_input_gets_one_line(argv, words, trained, refused):
     line = refused(sample.main, trained, *argv)
     assert all(word in line for word in words), line
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_printed(trained, capsys):
+    with pytest.raises(ValueError, match="too long"):
+        sample.main([str(trained), "--prompt", "a b c d e f g h i j k l m n o p q r"])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path, refused):

@@ -329,7 +329,7 @@ def test_dry_run_prints_the_plan_as_json_and_writes_nothing(preset, tmp_path, mo
     (["--total-batch-tokens", "1000"], ["1000", "256"]), (["--device-batch-size", "3"], ["3", "8 sequences"]), (["--num-steps", "0"], ["num-steps 0"]),
     (["--matrix-lr", "-1"], ["matrix-lr -1"]), (["--matrix-lr", "nan"], ["matrix-lr nan"]), (["--warmup-steps", "399"], ["warmup_steps 399"]),
     (["--data", "no/such/folder"], ["no/such/folder", "manifest.json"]), (["--resume", "no/such/run"], ["no/such/run"]), (["--num-step", "5"], ["--num-step"]),
-    (["--objective", "bp", "--stage-layers", "2,3"], ["bp"]), (["--eval-tokens", "99999999"], ["99,999,999"]), (["--seed", "-1"], ["seed -1"]),
+    (["--objective", "bp", "--stage-layers", "2,3"], ["bp"]), (["--eval-tokens", "99999999"], ["--eval-tokens 99999999"]), (["--seed", "-1"], ["seed -1"]),
     (["--total-batch-tokens", "16" + "0" * 20, "--sequence-len", "16", "--device-batch-size", "1"], ["total-batch-tokens 16", "2^62"]),
     (["--total-batch-tokens", "1600000000", "--sequence-len", "16", "--device-batch-size", "1"], ["100000000 sequences"]),
     (["--sequence-len", "99999", "--total-batch-tokens", "99999", "--device-batch-size", "1"], ["100000"])])
