@@ -7,7 +7,7 @@ iterations of Polar Express (arXiv 2505.16932). Weight decay is decoupled in bot
 
 Ownership. Every parameter has one owner rank. Only the owner holds its optimizer state and does its update, so state (8 bytes a
 parameter under AdamW, 4 under Muon, in float32) and work are divided by the world size; weights and gradients are whole on every
-rank. Muon's matrices are dealt out by Newton-Schulz FLOPs and AdamW's parameters by size, each longest first. There is no padding
+rank. Muon's matrices are dealt out by their FLOPs and AdamW's parameters by size, each longest first. There is no padding
 and no divisibility rule. Ranks add up: the gradients that a rank brings are its share of the whole batch's. A step is
 
     1. reduce      each gradient is summed onto its owner (`start_reduce` may have begun earlier, stage by stage)
@@ -31,14 +31,14 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-GRAM_RESTART = 2
+GRAM_RATIO, GRAM_RESTART = 2, 2      # `polar_by_gram` serves matrices of more than 1 : 2, and forms X anew after two iterations
 STACK_ELEMENTS = 2 ** 26    # matrices of one shape are orthogonalised together, up to this many elements at once
 
 
 def orthogonalize(G):
     """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately. Returns the dtype of G.
 
-    Runs in the dtype of G on a CPU and in 16 bits on CUDA, where matrices of more than 1 : 2 go through `polar_by_gram`.
+    Runs in the dtype of G on a CPU and in 16 bits on CUDA, where matrices of more than 1 : GRAM_RATIO go through `polar_by_gram`.
     """
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).reshape(-1, *sorted(G.shape[-2:]))            # (B, m, n), m <= n: the smaller Gram matrix
@@ -46,7 +46,7 @@ def orthogonalize(G):
     X = X / (norm * 1.02 + 1e-6)                                            # spectral norm <= 1
     if not G.is_cuda:
         X = polar(X)
-    elif X.size(-1) > 2 * X.size(-2):
+    elif X.size(-1) > GRAM_RATIO * X.size(-2):
         X = polar_by_gram(X.half())
     else:
         X = polar(X.bfloat16())
@@ -66,8 +66,8 @@ def polar_by_gram(X):
     """`polar` by way of the Gram matrix (Zhang, Amsel, Chen, Dao: Gram Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz).
 
     An iteration multiplies X from the left by P = a I + b A + c A^2, and A = X X^T by P from both sides, so it can run on (m, m) matrices
-    alone: 8 m^2 n + 28 m^3 FLOPs instead of 20 m^2 n + 10 m^3. A drifts from the X X^T of which it takes the place, so X is formed anew
-    after GRAM_RESTART iterations. It must be float16: in bfloat16 the loss of one d12 run in two jumped by 2 nats.
+    alone, which takes fewer FLOPs (`polar_flops`). A drifts from the X X^T of which it takes the place, so X is formed anew after
+    GRAM_RESTART iterations. It must be float16: in bfloat16 the loss of one d12 run in two jumped by 2 nats.
     """
     for part in (POLAR_EXPRESS[:GRAM_RESTART], POLAR_EXPRESS[GRAM_RESTART:]):
         A, Q = X @ X.mT, None                                               # Q: the product of this part's P
@@ -82,6 +82,12 @@ def polar_by_gram(X):
                 A = torch.baddbmm(A, B, A, beta=a)                          # from the left, then from the right: all of them commute
         X = Q @ X
     return X
+
+
+def polar_flops(shape):
+    """FLOPs of orthogonalising one matrix on CUDA."""
+    m, n = sorted(shape)
+    return 8 * m * m * n + 28 * m ** 3 if n > GRAM_RATIO * m else 20 * m * m * n + 10 * m ** 3
 
 
 def elementwise(compile, function, tensors, numbers):
@@ -138,7 +144,7 @@ def assign_owners(groups, world_size):
         cost = {}
         for group in groups:
             for name, p in group["params"].items() if group["kind"] == kind else ():
-                cost[name] = p.numel() * (min(p.shape) if kind == "muon" else 1)    # Newton-Schulz is O(m n min(m, n))
+                cost[name] = polar_flops(p.shape) if kind == "muon" else p.numel()
         load = [0] * world_size
         for name in sorted(cost, key=lambda name: (-cost[name], name)):
             owner[name] = load.index(min(load))

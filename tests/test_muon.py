@@ -9,9 +9,10 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import PRESETS, PoE, parameter_group
-from muon import POLAR_EXPRESS, MuonAdamW, adamw_update, assign_owners, muon_update, orthogonalize, polar, polar_by_gram
+from muon import POLAR_EXPRESS, MuonAdamW, adamw_update, assign_owners, muon_update, orthogonalize, polar, polar_by_gram, polar_flops
 
 
 def randn(*shape, seed=0):
@@ -51,6 +52,13 @@ def test_the_gram_form_is_the_plain_iteration(name):
         return ((Y.double() - exact).norm() / exact.norm()).item()
     assert error(polar_by_gram(X)) < 1e-9
     assert error(polar_by_gram(X.half())) < 0.5 * error(polar(X.bfloat16())), "less exact than what it takes the place of"
+
+
+@pytest.mark.parametrize("shape, function", [((64, 400), polar_by_gram), ((64, 128), polar)])
+def test_the_flops_by_which_matrices_are_dealt_are_those_done(shape, function):
+    with FlopCounterMode(display=False) as counter:
+        function(randn(1, *shape))
+    assert counter.get_total_flops() == polar_flops(shape) == polar_flops(shape[::-1])
 
 
 def test_muon_matches_torch_optim_muon_up_to_the_orthogonalisation():
@@ -147,7 +155,7 @@ def test_owners_of_3b_on_12_ranks_are_balanced():
               dict(kind="adamw", params={n: p for n, p in params.items() if parameter_group(n) != "matrices"})]
     owner = assign_owners(groups, 12)
     assert set(owner) == set(params) and set(owner.values()) == set(range(12))
-    load = [sum(p.numel() * min(p.shape) for n, p in groups[0]["params"].items() if owner[n] == r) for r in range(12)]
+    load = [sum(polar_flops(p.shape) for n, p in groups[0]["params"].items() if owner[n] == r) for r in range(12)]
     assert max(load) / (sum(load) / 12) < 1.02
 
 

@@ -22,7 +22,7 @@ import flags
 import train
 from conftest import ROOT, SMALL, said_by_us
 from model import PRESETS, PoE, checkpoint_steps, verify_checkpoint
-from muon import MuonAdamW, assign_owners
+from muon import MuonAdamW, assign_owners, polar_flops
 from test_train import log_lines, weights
 
 fork = multiprocessing.get_context("fork")
@@ -154,7 +154,7 @@ def test_the_layout_of_3b_on_12_ranks_covers_balances_and_saves_memory():
     flops, state = [0] * 12, [0] * 12
     for group in groups:
         for name, p in group["params"].items():
-            flops[owner[name]] += p.numel() * min(p.shape) if group["kind"] == "muon" else 0
+            flops[owner[name]] += polar_flops(p.shape) if group["kind"] == "muon" else 0
             state[owner[name]] += p.numel() * (4 if group["kind"] == "muon" else 8)
     assert max(flops) / (sum(flops) / 12) < 1.02
     assert sum(state) == pytest.approx(15.8e9, rel=0.01)        # bytes on one rank: 4 a matrix element, 8 for the rest
