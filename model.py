@@ -185,18 +185,18 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss=cross_
     return loss * scale, x_grad
 
 
-@torch.library.custom_op("poe::add_weight_grad", mutates_args=("weight_grad",))
 def add_weight_grad(weight_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
-    """weight_grad (O, C) += grad^T x, summed in the dtype of weight_grad by the product itself. grad: (n, O), x: (n, C), of one dtype.
-
-    An operator of its own, because a compiled backward may change weight_grad only by one.
-    """
+    """weight_grad (O, C) += grad^T x, summed in the dtype of weight_grad by the product itself. grad: (n, O), x: (n, C), of one dtype."""
     if weight_grad.dtype == x.dtype:
         weight_grad.addmm_(grad.T, x)
     elif x.is_cuda:
         torch.addmm(weight_grad, grad.T, x, out_dtype=weight_grad.dtype, out=weight_grad)
     else:
         weight_grad.addmm_(grad.T.to(weight_grad.dtype), x.to(weight_grad.dtype))
+
+
+# A compiled backward may change weight_grad only through an operator. Where nothing is compiled, its first call would import the compiler: 2 s.
+add_weight_grad_op = torch.library.custom_op("poe::add_weight_grad", add_weight_grad, mutates_args=("weight_grad",))
 
 
 def choose_device(device=None, dtype=None):
@@ -276,7 +276,7 @@ class LinearByCast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, cast, weight_grad = ctx.saved_tensors
-        add_weight_grad(weight_grad, grad.flatten(0, -2), x.flatten(0, -2))
+        add_weight_grad_op(weight_grad, grad.flatten(0, -2), x.flatten(0, -2))
         return grad @ cast, None, None, None
 
 

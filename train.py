@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -841,7 +841,8 @@ def main(argv=None):
     if main_rank:
         log_file.close()
         if last:
-            report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, started)
+            with torch.compiler.set_stance("force_eager") if compiling else nullcontext():      # its short texts are no work to compile for
+                report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, metrics, started)
         else:
             print(f"stopped at step {step}; go on with --resume {out}")
         locked.close()
@@ -853,7 +854,7 @@ def report(config, out, state, step, model, tokenizer, val_mix, n_val_windows, m
     """Print what a finished run has learnt: a few samples, its bpb beside that of compressors, and a JSON object as the last line."""
     device = model.cos.device
     from sample import Plan, Sampling, complete                             # which imports Triton: the other ranks need neither
-    with torch.compiler.set_stance("force_eager"), attention_backends(device):
+    with attention_backends(device):
         for number, prompt in enumerate(SAMPLE_PROMPTS):
             room = config.sequence_len + 1 - len(tokenizer.encode(prompt))  # none in a very short context
             if room > 0:
