@@ -260,12 +260,16 @@ for model, prompts, draft_len in ((small, [[69, *range(31)]], 2), (small, [[69, 
 """
 
 
-def test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter():
-    pytest.importorskip("triton")
+@pytest.fixture(scope="module", autouse=True)
+def interpreted(request):
+    """KERNELS in Triton's interpreter, which is slow: a process beside this file's other tests, the last of which looks at it."""
+    if all(item.function is not test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter for item in request.session.items):
+        yield None
+        return
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 4
+    with subprocess.Popen([sys.executable, "-c", KERNELS], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
 
 
 def test_frequencies_of_sampled_tokens_match_softmax():
@@ -423,3 +427,10 @@ def test_a_closed_pipe_ends_quietly(trained):
 def test_a_prompt_files_line_ends_and_byte_order_mark_are_no_part_of_its_prompts(tmp_path):
     (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfOne\r\n\r\nTwo \r\n")
     assert sample.read_prompts(str(tmp_path / "windows.txt")) == ["One", "", "Two "]
+
+
+def test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter(interpreted):
+    pytest.importorskip("triton")
+    output, errors = interpreted.communicate()
+    assert interpreted.returncode == 0, errors[-2000:]
+    assert len(output.splitlines()) == 4
