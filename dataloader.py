@@ -388,8 +388,8 @@ def validation_windows(mix, n_tokens, flag):
     if n < 1:
         raise ValueError(f"{flag} {n_tokens} is less than one window of {mix.T} tokens; raise it")
     if n > most:
-        raise ValueError(f"{flag} {n_tokens}: the validation text holds {most * mix.T} tokens in the mix's proportions; lower it, or hold out more "
-                         f"with data/prepare.py tokenize --val-fraction")
+        raise ValueError(f"{flag} {n_tokens}: the validation text holds {most * mix.T} tokens in the mix's proportions; lower it, or hold out more of "
+                         f"your own data with data/prepare.py tokenize --val-fraction")
     return n
 
 
