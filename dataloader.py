@@ -20,6 +20,7 @@ that the worker processes of data/prepare.py do without it.
 """
 import base64
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -27,6 +28,7 @@ import os
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -415,8 +417,7 @@ class Loader:
         self.thread.start()
 
     def _read(self):
-        first = self.start
-        while not self.stopped.is_set():
+        for first in itertools.count(self.start, self.batch):
             for i in self.mine:
                 try:
                     item = self.mix.batch(first + np.arange(i, i + self.micro_batch))
@@ -424,13 +425,9 @@ class Loader:
                         item = tuple(tensor.pin_memory() for tensor in item)
                 except Exception as error:                                  # raised again in the consumer, by __next__
                     item = error
-                while not self.stopped.is_set():
-                    try:
-                        self.queue.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-            first += self.batch
+                self.queue.put(item)
+                if self.stopped.is_set():
+                    return
 
     def __next__(self):
         item = self.queue.get()
@@ -440,4 +437,6 @@ class Loader:
 
     def close(self):
         self.stopped.set()
+        with suppress(queue.Empty):                                         # room for what the thread may be waiting to put
+            self.queue.get_nowait()
         self.thread.join()

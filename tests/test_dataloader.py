@@ -8,6 +8,7 @@ import lzma
 import os
 import random
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -312,6 +313,17 @@ def test_a_loader_opened_later_gives_the_very_next_batch():
     for _ in range(4):
         assert all(torch.equal(x, y) for x, y in zip(next(a), next(b)))
     a.close(), b.close()
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_closing_ends_the_thread_that_reads_whether_it_waits_or_works(taken):
+    loader = Loader(frontier(), 0, 8, 4)
+    while not loader.queue.full():
+        time.sleep(0.001)
+    for _ in range(taken):
+        next(loader)
+    loader.close()
+    assert not loader.thread.is_alive()
 
 
 def test_a_seek_to_step_1e9_does_as_much_work_as_one_to_step_0():
