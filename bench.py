@@ -1,632 +1,463 @@
 """
-Benchmarks: what a training step costs, and how fast decoding is.
+Benchmarks: what a training step costs, and how fast decoding is. Nothing here decides a test.
 
-    python bench.py --preset 3b                                 # forward + backward of every variant side by side, then the optimizers
-    NANOCHAT_DIR=../nanochat python bench.py --preset 3b        # nanochat's model and optimizer at the same shape beside them
-    python bench.py --preset 3b --largest --variants poe,bp     # the largest micro-batch that fits
-    python bench.py --preset 3b --variants poe,poe:8,bp,bp:8    # micro-batches of 4 sequences (--device-batch-size) and of 8
-    python sample.py runs/tiny --bench                          # decoding: a trained checkpoint, in every mode that it has what it needs for
-    python sample.py --bench --preset 3b --forced-acceptance 0.985 --forced-lifts 0.05      # decoding: random weights, speed alone
+    python bench.py train                               # the 3b shape: a step of each variant
+    python bench.py train --variants poe,poe:8,bp,bp:8  # micro-batches of 4 (--device-batch-size) and of 8
+    NANOCHAT_DIR=../nanochat python bench.py train --variants poe,bp,naive,nanochat
+    python bench.py decode runs/tiny                    # every mode that this checkpoint can decode in
+    python bench.py decode --preset 3b                  # random weights: what does not depend on acceptance
 
-Variants are interleaved in one process, round by round, and told as medians with their spread; ratios compare times of the same round.
-The last line is JSON. Nothing here decides a test.
-
-Variants of training share one set of weights. poe: model.backward_by_stage. bp: one loss at the top. Then poe without one idea each:
-two-matmuls (W x + W_k x, and both gradients, instead of the merged head), whole-logits (the loss by autograd, all logits at once),
-one-backward (all stages' activations are kept), cast-each-pass (weights are cast in each micro-batch, not once per step); naive is all
-four; stage-major runs each stage over all micro-batches before the next begins.
+Whatever is compared is measured in one process, in rounds that take every variant in turn. A figure is the
+median of the rounds; a ratio is the median of the rounds' ratios. The columns of the tables are keys of the
+JSON in the last line.
 """
 import gc
 import json
 import math
 import os
 import re
-import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
-import model as model_file
-from dataloader import Loader, open_data
-from evaluate import markdown
-from flags import flag, parse_flags, run, spelled
-from model import (PRESETS, Linear, LinearByCast, ModelConfig, PoE, add_weight_grad, attention_backends, attention_kernel, choose_device,
-                   flops_per_token, get, head_cross_entropy, norm, softcap, stage_bytes)
+from checkpoint import BOUNDS_KEY, load_checkpoint, read_json, resolve_checkpoint
+from common import DeviceFlags, choose_device, flag, parse_command, run, spelled
+from dataloader import Tokenizer
+from model import PRESETS, Linear, PoE, attention_backends, flops_per_token, norm, softcap, stage_bytes
 from muon import MuonAdamW
+from report import markdown
 from sample import Engine, Plan, clock, count_new_tokens, decode_timed, kernels_fit, make_plan
 from train import RECIPES, optimizer_groups
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training
+# --------------------------------------------------------------------------------------------------
+# What both commands need
 
-NOMINAL_FLOPS = 989e12          # bf16 of an H100 or H200 SXM, dense, by its data sheet
-VARIANTS = ("poe", "bp", "naive", "two-matmuls", "whole-logits", "one-backward", "cast-each-pass", "stage-major")
-WITH_OPTIMIZER = ("poe", "bp", "nanochat")      # the others have poe's
+@dataclass(frozen=True)
+class Bench(DeviceFlags):
+    """Flags of both commands."""
+    bench_repeats: int = flag(5, "timed rounds")
 
-
-def head_gradient(model, k, normed, targets, scale, merged, chunked, casts):
-    """(loss, d loss / d normed) of stage k; adds the heads' gradients. normed: (B, T, C), detached from the trunk. casts: of the heads, by module."""
-    own, shared = model.lm_head_stages[k], model.lm_head
-    x, targets = normed.flatten(0, 1), targets.flatten()
-    if chunked:
-        with torch.no_grad():
-            if merged:
-                loss, grad = head_cross_entropy(x, model.head_weight(k), targets, own.weight.grad, scale, model.chunk_loss)
-            else:
-                loss, grad = two_matmuls(x, {head: casts[head] for head in (own, shared)}, targets, scale, model.chunk_loss)
-        return loss, grad.view_as(normed)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        logits = LinearByCast.apply(x, own.weight, model.head_weight(k).detach(), own.weight.grad) if merged else shared(x) + own(x)
-        loss = F.cross_entropy(softcap(logits), targets, reduction="sum") * scale
-    loss.backward()
-    return loss.detach(), x.grad.view_as(normed)
+    def __post_init__(self):
+        for name in ("bench_repeats", "max_new_tokens", "device_batch_size", "total_batch_tokens"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"{spelled(name)} {value} must be at least 1")
 
 
-def two_matmuls(x, heads, targets, scale, chunk_loss):
-    """`head_cross_entropy` of the sum of two heads, {module: its weight in the dtype of x}, with every product made twice."""
-    x_grad, loss = torch.empty_like(x), 0.0
-    own, shared = heads.values()
-    step = max(1, model_file.LOSS_CHUNK_LOGITS[x.device.type] // own.size(0))
-    for i in range(0, len(x), step):
-        part = x[i:i + step]
-        nats, grad = chunk_loss(part @ own.T + part @ shared.T, targets[i:i + step], scale)
-        loss += nats
-        torch.add(grad @ own, grad @ shared, out=x_grad[i:i + step])
-        for head in heads:
-            add_weight_grad(head.weight.grad, grad, part)
-    return loss * scale, x_grad
+def fill_zeros(model):
+    """Give the matrices that begin as zeros (output projections, stages' heads) random values.
 
-
-def trial_step(model, batches, scale, merged=True, chunked=True, per_stage=True, stage_major=False):
-    """Forward and backward of a step's micro-batches, as `PoE.backward_by_stage` but for what is switched off; the losses by stage.
-
-    stage_major: keep x_k and x0 of every micro-batch, (n_micro, B, T, C) each, and run a stage over all of them.
+    A GPU at its power limit multiplies zeros faster, and after its first steps training has none.
     """
-    losses, K = [0.0] * model.config.n_stage, model.config.n_stage
-    heads = *model.lm_head_stages, model.lm_head
-    for head in heads:
-        if head.weight.grad is None:
-            head.weight.grad = torch.zeros_like(head.weight)
-    casts = {head: head.weight.detach().to(model.compute_dtype) for head in heads} if chunked and not merged else None
+    for p in model.parameters():
+        if p.ndim == 2 and not p.any():
+            torch.nn.init.normal_(p, std=0.02)
 
-    def one(k, x, x0, idx, targets):
-        x = model.stage(k, x, x0, idx)
-        normed = norm(x)
-        loss, grad = head_gradient(model, k, normed.detach(), targets, scale, merged, chunked, casts)
-        losses[k] += loss
-        if per_stage:
-            normed.backward(grad)
-        return x.detach(), (normed, grad)
-    if stage_major:
-        state = [(x0, x0) for x0 in (model.embed(idx) for idx, _ in batches)]
-        for k in range(K):
-            state = [(one(k, x, x0, idx, targets)[0], x0.detach()) for (x, x0), (idx, targets) in zip(state, batches)]
-    else:
-        for idx, targets in batches:
-            x = x0 = model.embed(idx)
-            kept = []
-            for k in range(K):
-                x, pair = one(k, x, x0, idx, targets)
-                x0 = x0.detach()
-                kept += [] if per_stage else [pair]
-            if kept:
-                torch.autograd.backward([normed for normed, _ in kept], [grad for _, grad in kept])
-    if merged:
-        for head in model.lm_head_stages:
-            model.lm_head.weight.grad += head.weight.grad
-    return losses
+
+def random_model(preset, device, dtype):
+    """A model of a preset's shape with random weights, every matrix of the order of a trained one's."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = PoE(PRESETS[preset], dtype)
+    model.init_weights(0)
+    fill_zeros(model)
+    return model
+
+
+def in_rounds(measures, n_rounds):
+    """Call functions {name: function} in turn, round by round: {name: [what it returned in each round]}.
+
+    A first round, in which kernels are compiled and captured, does not count. What runs out of memory is left
+    out, with a line on stderr.
+    """
+    results = {name: [] for name in measures}
+    for number in range(n_rounds + 1):
+        for name in list(results):
+            try:
+                results[name].append(measures[name]())
+            except torch.OutOfMemoryError:
+                print(f"{name} is left out: it runs out of memory", file=sys.stderr)
+                del results[name]
+        print(f"round {number} of {n_rounds}", file=sys.stderr, flush=True)
+    return {name: values[1:] for name, values in results.items()}
+
+
+def spread(key, values):
+    """Median, minimum and maximum of the rounds' values."""
+    return {key: median(values), f"{key}_min": min(values), f"{key}_max": max(values)}
+
+
+def print_result(rows, config, device, dtype, **more):
+    """Print rows as a table with the rows' keys as columns, then all that is known as one line of JSON."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = []
+    for row in rows:
+        values = [row.get(key, "") for key in keys]
+        cells.append([f"{value:.6g}" if isinstance(value, float) else str(value) for value in values])
+    print(markdown(keys, cells))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(json.dumps({**vars(config), "device": name, "dtype": str(dtype), **more}))
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: the variants
+
+@dataclass(frozen=True)
+class TrainBench(Bench):
+    preset: str = flag("3b", "shape of the model", choices=tuple(PRESETS))
+    variants: str = flag("poe,bp,naive", "which of poe, bp, naive and nanochat, in this order; poe:8 takes "
+                         "micro-batches of 8 sequences, nanochat the checkout in $NANOCHAT_DIR")
+    total_batch_tokens: int = flag(65536, "tokens of an optimizer step")
+    device_batch_size: int = flag(4, "sequences in a forward and backward pass")
+    compile: bool = flag(None, "compile (default: on cuda)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.labels()
+
+    def labels(self):
+        """{label: (variant's name, sequences in a micro-batch)} of --variants. Raises ValueError."""
+        labels = {}
+        for label in self.variants.split(","):
+            if not re.fullmatch(r"(poe|bp|naive|nanochat)(:[1-9]\d*)?", label):
+                raise ValueError(f"--variants has {label!r}; choose from poe, bp, naive, nanochat, or poe:8")
+            name, _, n_rows = label.partition(":")
+            n_rows = int(n_rows or self.device_batch_size)
+            tokens = n_rows * PRESETS[self.preset].sequence_len
+            if self.total_batch_tokens % tokens:
+                raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} is no multiple of "
+                                 f"{tokens}, a micro-batch of {label}")
+            labels[label] = (name, n_rows)
+        return labels
+
+
+# A way to train. step(model, batches, scale): casts of weights, then forward and backward of micro-batches
+# (idx, targets), int64 (B, T), with the loss times scale. flops: of a token, forward and backward.
+Variant = namedtuple("Variant", "model step flops make_optimizer")
 
 
 def real_step(model, batches, scale):
-    """The same by the model's own `backward_by_stage`."""
-    losses = [0.0] * model.config.n_stage
+    """Forward and backward as train.py makes them."""
+    model.cast_weights()
     for number, (idx, targets) in enumerate(batches):
-        for k, loss in model.backward_by_stage(idx, targets, scale, number == len(batches) - 1):
-            losses[k] += loss
-    return losses
+        for _ in model.backward_by_stage(idx, targets, scale, number == len(batches) - 1):
+            pass
 
 
-def drop_casts(model):
-    """Undo `PoE.cast_weights`."""
+def naive_step(model, batches, scale):
+    """The same gradients the obvious way: two matmuls a head, all logits, one backward over all stages, and
+    weights cast in every micro-batch.
+    """
+    # undo what `PoE.cast_weights` did for the other variants
+    model.merged_heads = None
     for module in model.modules():
         if isinstance(module, Linear):
             module.cast = None
-    model.merged_heads = None
+    for idx, targets in batches:
+        x = x0 = model.embed(idx)
+        nats = 0.0
+        for k, own_head in enumerate(model.lm_head_stages):
+            x = model.stage(k, x, x0, idx)
+            logits = softcap(model.lm_head(norm(x)) + own_head(norm(x)))    # (B, T, V)
+            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            x = x.detach()
+            x0 = x0.detach()
+        (nats * scale).backward()
 
 
-def fill_zeros(model, seed):
-    """Random values for the matrices of a model that begin as zeros (output projections, stages' heads), as its first steps of training give them.
-
-    A GPU at its power limit multiplies zeros faster: a step on initial weights is no step of training.
-    """
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    for p in model.parameters():
-        if p.ndim == 2 and not p.any():
-            torch.nn.init.normal_(p, std=0.02, generator=generator)
+def nanochat_step(model, batches, scale):
+    """Forward and backward of nanochat's model, whose loss is the mean over a micro-batch."""
+    for idx, targets in batches:
+        (model(idx, targets) / len(batches)).backward()
 
 
 def backprop_twin(model):
     """The model trained by one loss at the top, around the same weights."""
-    config = model.config
+    config = replace(model.config, objective="bp", stage_layers=(model.config.n_layer,))
     with torch.device("meta"):
-        twin = PoE(ModelConfig(**{**asdict(config), "objective": "bp", "stage_layers": (config.n_layer,)}), model.compute_dtype)
+        twin = PoE(config, model.compute_dtype)
     for name in ("wte", "blocks", "lm_head", "cos", "sin", "chunk_loss"):
         setattr(twin, name, getattr(model, name))
     return twin
 
 
-def nanochat_model(folder, config, device, compile, seed):
-    """(model, optimizer, FLOPs per token) of a nanochat checkout at this shape: full windows, n_kv_head and MLP width as ours, PyTorch's attention.
+def nanochat_variant(config, device, compile):
+    """nanochat's model at this shape: full windows, n_kv_head and MLP width as ours, PyTorch's attention.
 
-    Its smear, backout, value embeddings and scalars stay as they are; it casts its weights at every forward and holds all logits.
+    Its smear, backout, value embeddings and scalars stay as they are; it casts its weights at every forward
+    and holds all logits.
     """
+    folder = os.environ.get("NANOCHAT_DIR", "")
+    if not Path(folder, "nanochat", "gpt.py").exists():
+        raise ValueError(f"--variants nanochat needs a checkout of nanochat; NANOCHAT_DIR={folder} is none")
     sys.path.insert(0, folder)
-    shape = {name: getattr(config, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
-    try:
-        from nanochat import flash_attention, gpt
-        with torch.device("meta"):
-            model = gpt.GPT(gpt.GPTConfig(**shape, window_pattern="L"))
-    except Exception as e:                                                  # whatever a foreign checkout may raise
-        raise ValueError(f"NANOCHAT_DIR {folder} gives no model ({type(e).__name__}: {e}); point it at a checkout of nanochat") from None
+    from nanochat import flash_attention, gpt
     flash_attention._override_impl = "sdpa"
     flash_attention.USE_FA3 = False
+    names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+    shape = {name: getattr(config, name) for name in names}
     with torch.device("meta"):
-        for block in model.transformer.h:                                   # its width is 4 n_embd
+        model = gpt.GPT(gpt.GPTConfig(**shape, window_pattern="L"))
+        for block in model.transformer.h:
+            # its own width is 4 n_embd
             block.mlp.c_fc = gpt.Linear(config.n_embd, config.mlp_hidden, bias=False)
             block.mlp.c_proj = gpt.Linear(config.mlp_hidden, config.n_embd, bias=False)
     model.to_empty(device=device)
     model.init_weights()
-    fill_zeros(model, seed)
-    compiled = torch.compile(model, dynamic=False) if compile else model
-    return compiled, model.setup_optimizer(), model.estimate_flops()
+    fill_zeros(model)
+    if compile:
+        model.compile(dynamic=False)
+    return Variant(model, nanochat_step, model.estimate_flops(), model.setup_optimizer)
+
+
+def build_variants(config, device, dtype, compile):
+    """{name: Variant}; poe, bp and naive share one set of weights."""
+    model = random_model(config.preset, device, dtype)
+    if compile:
+        model.compile_regions()
+
+    def ours(model, step):
+        groups = optimizer_groups(model, RECIPES[config.preset])
+        make_optimizer = partial(MuonAdamW, groups, compile=compile)
+        return Variant(model, step, flops_per_token(model.config), make_optimizer)
+
+    variants = {"poe": ours(model, real_step), "bp": ours(backprop_twin(model), real_step),
+                "naive": ours(model, naive_step)}
+    if "nanochat" in config.variants:
+        variants["nanochat"] = nanochat_variant(model.config, device, compile)
+    return variants
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: measuring
+
+# floating-point operations a second of an H100 or H200 in bfloat16, dense, by its data sheet
+NOMINAL_FLOPS = 989e12
+
+
+def free_memory(variants):
+    """Let gradients go, and what the allocator keeps of them."""
+    for variant in variants.values():
+        variant.model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def time_step(variant, batches, scale, device):
+    """Time one step: (seconds, {"activation_bytes", "peak_bytes"}); bytes are 0 on a CPU.
+
+    activation_bytes: the most that it allocates above weights, gradients and kept casts. A variant that casts
+    in each pass keeps those casts for its backward, so there they count. peak_bytes: of all on the device.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start = clock(device)
+    # as an optimizer's step leaves it
+    variant.model.zero_grad(set_to_none=True)
+    variant.step(variant.model, batches, scale)
+    seconds = clock(device) - start
+    peak = torch.cuda.max_memory_allocated()
+    return seconds, {"activation_bytes": peak - before, "peak_bytes": peak}
+
+
+def time_steps(config, variants, device):
+    """{label: [(seconds, bytes) of each round]} of forward and backward."""
+    shape = PRESETS[config.preset]
+    size = (config.total_batch_tokens // shape.sequence_len, shape.sequence_len + 1)
+    ids = torch.randint(shape.vocab_size, size, device=device)
+    inputs = ids[:, :-1].contiguous()
+    targets = ids[:, 1:].contiguous()
+    scale = 1 / config.total_batch_tokens
+
+    def measure(name, n_rows):
+        batches = list(zip(inputs.split(n_rows), targets.split(n_rows)))
+        free_memory(variants)
+        # one micro-batch first, so that the step finds gradients and kernels
+        time_step(variants[name], batches[:1], scale, device)
+        return time_step(variants[name], batches, scale, device)
+
+    measures = {label: partial(measure, *what) for label, what in config.labels().items()}
+    with attention_backends(device):
+        return in_rounds(measures, config.bench_repeats)
+
+
+def time_optimizer(variant, repeats, device):
+    """Milliseconds of a step of this variant's optimizer."""
+    optimizer = variant.make_optimizer()
+    times = []
+    for _ in range(repeats + 2):
+        for p in variant.model.parameters():
+            p.grad = torch.randn_like(p).mul_(1e-3)
+        start = clock(device)
+        optimizer.step()
+        times.append(1e3 * (clock(device) - start))
+    # the first ones compile and make the state
+    return median(times[2:])
+
+
+def bench_train(config):
+    """Time the training step, variant beside variant, then the optimizers.
+
+    poe: stage by stage. bp: one loss at the top. naive: poe the obvious way, by autograd through all logits,
+    with every head's product made twice, one backward over all stages, and weights cast in every micro-batch.
+    nanochat: its own model and optimizer at this shape. Tokens/s and MFU are of forward and backward; MFU is
+    of 989 TFLOP/s, an H100's or H200's rate, whatever the device.
+    """
+    device, dtype = choose_device(config.device, config.dtype)
+    compile = device.type == "cuda" if config.compile is None else config.compile
+    variants = build_variants(config, device, dtype, compile)
+    measured = time_steps(config, variants, device)
+    rows = []
+    for label, rounds in measured.items():
+        name, n_rows = config.labels()[label]
+        row = {"name": label, "device_batch_size": n_rows}
+        row |= spread("fwdbwd_ms", [1e3 * seconds for seconds, _ in rounds])
+        if "bp" in measured:
+            row["of_bp"] = median(ours / of_bp for (ours, _), (of_bp, _) in zip(rounds, measured["bp"]))
+        free_memory(variants)
+        row["optimizer_ms"] = time_optimizer(variants[name], config.bench_repeats, device)
+        row["tokens_per_s"] = 1e3 * config.total_batch_tokens / row["fwdbwd_ms"]
+        row["mfu"] = variants[name].flops * row["tokens_per_s"] / NOMINAL_FLOPS
+        rows.append(row | rounds[-1][1])
+    print_result(rows, config, device, dtype, compile=compile, variants=rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding: what is measured
+
+PROMPTS = ("The sea was calm that morning, and the old man went down to the harbour because",
+           "def read_lines(path):\n    \"\"\"Return the lines of a text file",
+           "1, 2, 4, 8, 16, 32, 64, 128, 256,")
+DRAFT_LENGTHS = (1, 2, 4, 8, 12, 16)
+# positions that wait for a lift
+WAITING = 20
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    preset: str = flag("3b", "shape of the model", choices=tuple(PRESETS))
-    variants: str = flag(",".join(VARIANTS + ("nanochat",) * bool(os.environ.get("NANOCHAT_DIR"))),
-                         "which ones, in this order, with :N in micro-batches of N sequences; nanochat, the last by default, needs NANOCHAT_DIR")
-    total_batch_tokens: int = flag(65536, "tokens of an optimizer step")
-    device_batch_size: int = flag(4, "sequences in a forward and backward pass")
-    bench_repeats: int = flag(5, "timed rounds")
-    largest: bool = flag(False, "also look for the largest micro-batch of poe and bp that fits beside the optimizer's state, in sequences")
-    optimizer: bool = flag(True, "also time the optimizers, one after the other")
-    seed: int = flag(0, "of weights and tokens")
-    device: str = flag(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    dtype: str = flag(None, "compute dtype (default: bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
-    compile: bool = flag(None, "compile (default: on cuda)")
-
-    def __post_init__(self):
-        for label, (name, size) in self.labels().items():
-            if name not in (*VARIANTS, "nanochat"):
-                raise ValueError(f"--variants {self.variants} has {name!r}; choose from {', '.join(VARIANTS)}, nanochat")
-            tokens = size * PRESETS[self.preset].sequence_len
-            if ":" in label and size < 1:
-                raise ValueError(f"--variants {self.variants}: a number of sequences, 1 or more, goes behind the colon of {label!r}")
-            if size and (self.total_batch_tokens < tokens or self.total_batch_tokens % tokens):
-                raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be a multiple of a micro-batch's {tokens} tokens "
-                                 f"(--device-batch-size {self.device_batch_size}, or :N in --variants {self.variants}, "
-                                 f"x {PRESETS[self.preset].sequence_len})")
-        names = [name for name, _ in self.labels().values()]
-        if len({*self.labels().values()}) < len(self.variants.split(",")):
-            raise ValueError(f"--variants {self.variants} has one twice; name each once")
-        if self.total_batch_tokens > 2 ** 30:
-            raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} must be at most 2^30")
-        if "nanochat" in names and not os.environ.get("NANOCHAT_DIR"):
-            raise ValueError("--variants nanochat needs the environment variable NANOCHAT_DIR: a checkout of nanochat")
-        if "nanochat" in names and self.largest:
-            raise ValueError("--largest fills the memory, of which nanochat's weights would take their part; leave it out of --variants")
-        if self.largest and not (self.optimizer and {"poe", "bp"} & set(names)):
-            raise ValueError("--largest looks beside the optimizer's state of poe or bp; leave --no-optimizer out and have one of them in --variants")
-        for name in ("bench_repeats", "device_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{spelled(name)} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.seed < 2 ** 63:
-            raise ValueError(f"--seed {self.seed} must be at least 0 and below 2^63")
-        if self.largest and choose_device(self.device)[0].type != "cuda":
-            raise ValueError("--largest fills the memory of a CUDA device; leave it out on a CPU")
-
-    def labels(self):
-        """{label: (variant, sequences in a micro-batch)} of --variants; 0 sequences where there is no number behind the colon."""
-        labels = {}
-        for label in self.variants.split(","):
-            name, colon, size = label.partition(":")
-            labels[label] = name, (int(size) if re.fullmatch("[0-9]{1,6}", size) else 0) if colon else self.device_batch_size
-        return labels
+class DecodeBench(Bench):
+    preset: str = flag(None, "instead of a checkpoint: random weights in this shape", choices=tuple(PRESETS))
+    max_new_tokens: int = flag(None, "tokens after each prompt (default: 256, as far as the context goes)")
+    acceptance: float = flag(0.985, "share of drafts accepted, for tokens/s by the time of a cycle")
 
 
-def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product here and now."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    times = []
-    for _ in range(12):
-        start = clock(device)
-        a @ b
-        times.append(clock(device) - start)
-    return 2 * n ** 3 / statistics.median(times)
-
-
-def cell(value, form, unit=""):
-    """A table's cell: empty for None."""
-    return "" if value is None else format(value, form) + unit
-
-
-def say(line):
-    """Progress, apart from the results."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def largest_batch(measure, clear, guess):
-    """The most sequences with which `measure(n)` does not run out of memory: from a guess, one by one. 0: not even one."""
-    def fits(n):
-        clear()
-        try:
-            measure(n)
-            fit = True
-        except torch.OutOfMemoryError:
-            fit = False
-        say(f"a micro-batch of {n}: {'fits' if fit else 'too large'}")
-        return fit
-    n = max(1, guess)
-    if fits(n):
-        while fits(n + 1):
-            n += 1
-    else:
-        n -= 1
-        while n and not fits(n):
-            n -= 1
-    clear()
-    return n
-
-
-def loader_rate(mix, rows, n=64):
-    """Tokens per second of the data loader alone, by its thread."""
-    loader = Loader(mix, 0, rows, rows)
-    next(loader)
-    start = time.perf_counter()
-    for _ in range(n):
-        next(loader)
-    seconds = time.perf_counter() - start
-    loader.close()
-    return n * rows * mix.T / seconds
-
-
-def bench_training(config):
-    """Forward + backward of each variant interleaved, then optimizers, then the largest micro-batches: a JSON-ready dict.
-
-    activation_bytes: the most that a step allocates above what it finds: weights, gradients, kept casts (None for a step of one micro-batch,
-    which makes its gradients while its activations go). A variant that casts in each pass keeps those casts for its backward, so there they
-    count. peak_bytes: of all that is on the device, other variants' weights too. MFU is of an H100's or H200's nominal bfloat16 rate; None
-    elsewhere.
+def mode_plans(model_config, checkpoint, record):
+    """{name: Plan} of all that can be measured. checkpoint: its folder, or None for random weights. record:
+    its config.json.
     """
-    device, dtype = choose_device(config.device, config.dtype)
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    on_cuda, shape = device.type == "cuda", PRESETS[config.preset]
-    device_name = torch.cuda.get_device_name() if on_cuda else "cpu"
-    nominal = NOMINAL_FLOPS if re.search("H100|H200", device_name) and dtype == torch.bfloat16 else None
-    compile = on_cuda if config.compile is None else config.compile
-    torch.manual_seed(config.seed)
-    with torch.device(device):
-        model = PoE(shape, dtype)
-    model.init_weights(config.seed)
-    fill_zeros(model, config.seed)
-    if compile:
-        model.compile_regions()
-    twin = backprop_twin(model)
-    steps = {"poe": (model, real_step, {}), "bp": (twin, real_step, {}),
-             "naive": (model, trial_step, dict(merged=False, chunked=False, per_stage=False)), "two-matmuls": (model, trial_step, dict(merged=False)),
-             "whole-logits": (model, trial_step, dict(chunked=False)), "one-backward": (model, trial_step, dict(per_stage=False)),
-             "cast-each-pass": (model, real_step, {}), "stage-major": (model, trial_step, dict(stage_major=True))}
-    flops = {name: flops_per_token(m.config) for name, (m, _, _) in steps.items()}
-    labels = config.labels()
-    if "nanochat" in (name for name, _ in labels.values()):
-        nanochat, nanochat_optimizer, flops["nanochat"] = nanochat_model(os.environ["NANOCHAT_DIR"], shape, device, compile, config.seed)
-
-        def nanochat_step(m, batches, scale):
-            for idx, targets in batches:
-                (m(idx, targets) / len(batches)).backward()
-        steps["nanochat"] = (nanochat, nanochat_step, {})
-    draw = torch.Generator().manual_seed(config.seed)
-
-    def batches(rows, tokens):
-        data = torch.randint(shape.vocab_size, (tokens // (rows * shape.sequence_len), rows, shape.sequence_len + 1), generator=draw).to(device)
-        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data]
-
-    def clear():
-        for m, _, _ in steps.values():
-            m.zero_grad(set_to_none=True)
-        gc.collect()
-        if on_cuda:
-            torch.cuda.empty_cache()
-
-    def measure(label, data):
-        """(seconds, activation bytes, peak bytes) of one step; gradients and kept casts are there before it and do not count as activations."""
-        name, _ = labels[label]
-        m, step, switches = steps[name]
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        start = clock(device)
-        m.zero_grad(set_to_none=True)                                       # as an optimizer's step leaves it
-        if name != "nanochat":
-            (drop_casts if name in ("naive", "cast-each-pass") else PoE.cast_weights)(m)
-        step(m, data, 1 / config.total_batch_tokens, **switches)
-        seconds = clock(device) - start
-        peak = torch.cuda.max_memory_allocated() if on_cuda else None
-        return seconds, peak - before if on_cuda and len(data) > 1 else None, peak
-    rows = {label: SimpleNamespace(times=[]) for label in labels}
-    data = {size: batches(size, config.total_batch_tokens) for _, size in labels.values()}
-    for number in range(config.bench_repeats + 1):
-        for label, (_, size) in list(labels.items()):
-            row = rows[label]
-            clear()
-            warm = clock(device)
-            try:
-                measure(label, data[size][:1])                              # gradients exist, kernels are compiled
-                if number == 0:
-                    row.compile_seconds = clock(device) - warm
-                seconds, row.activation_bytes, row.peak_bytes = measure(label, data[size])
-            except torch.OutOfMemoryError:
-                say(f"{label} is left out: its micro-batches of {size} do not fit into memory")
-                del labels[label], rows[label]
-                continue
-            row.times += [seconds] if number else []
-            say(f"round {number} of {config.bench_repeats}, {label}: {1e3 * seconds:.0f} ms"
-                + f", first micro-batch {row.compile_seconds:.1f} s" * (number == 0))
-    if not labels:
-        raise ValueError(f"none of --variants {config.variants} fits into memory; choose smaller micro-batches or a smaller --preset")
-    for name in WITH_OPTIMIZER if config.optimizer else ():
-        of_name = {label: rows[label] for label, (variant, _) in labels.items() if variant == name}
-        if not of_name:
-            continue
-        m, _, _ = steps[name]
-        clear()
-        optimizer = nanochat_optimizer if name == "nanochat" else MuonAdamW(optimizer_groups(m, RECIPES[config.preset]), compile=compile)
-        times = []
-        for _ in range(config.bench_repeats + 2):
-            for p in m.parameters():
-                p.grad = torch.randn_like(p).mul_(1e-3)
-            start = clock(device)
-            optimizer.step()
-            times.append(clock(device) - start)
-        say(f"optimizer of {name}: {', '.join(f'{1e3 * seconds:.0f}' for seconds in times)} ms")
-        for row in of_name.values():
-            row.optimizer_seconds = statistics.median(times[2:])            # the first ones compile and make the state
-        if config.largest and on_cuda:                                      # beside weights, gradients and the optimizer's state, as in training
-            clear()
-            if name == "bp":                                                # what poe alone needs takes no room from it
-                model.merged_heads, model.lm_head_stages = None, torch.nn.ModuleList()
-            free = torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated() - sum(4 * p.numel() for p in m.parameters())
-            label, row = next(iter(of_name.items()))
-
-            def one_step(n):
-                torch.compiler.reset()                                      # a new size compiles anew
-                measure(label, batches(n, 2 * n * shape.sequence_len))      # the second micro-batch runs beside all gradients of the first
-            row.largest = largest_batch(one_step, clear, int(labels[label][1] * free / (row.activation_bytes or free)))
-        del optimizer
-    clear()
-    ceiling, tokens, out = matmul_rate(device, dtype), config.total_batch_tokens, []
-    for label, row in rows.items():
-        name, size = labels[label]
-        seconds = statistics.median(row.times)
-        whole = seconds + getattr(row, "optimizer_seconds", math.nan)
-        out.append({"name": label, "device_batch_size": size, "fwdbwd_ms": 1e3 * seconds,
-                    "fwdbwd_ms_min": 1e3 * min(row.times), "fwdbwd_ms_max": 1e3 * max(row.times),
-                    "of_bp": statistics.median(a / b for a, b in zip(row.times, rows["bp"].times)) if "bp" in rows else None,
-                    "optimizer_ms": 1e3 * row.optimizer_seconds if hasattr(row, "optimizer_seconds") else None,
-                    "tokens_per_s": tokens / seconds, "tokens_per_s_with_optimizer": None if math.isnan(whole) else tokens / whole,
-                    "gflops_per_token": flops[name] / 1e9,
-                    "gflops_per_token_causal": (flops[name] - 6 * shape.n_embd * shape.sequence_len * shape.n_layer) / 1e9,
-                    "mfu_nominal": flops[name] * tokens / seconds / nominal if nominal else None,
-                    "mfu_nominal_with_optimizer": None if math.isnan(whole) or not nominal else flops[name] * tokens / whole / nominal,
-                    "mfu_matmul": flops[name] * tokens / seconds / ceiling, "activation_bytes": row.activation_bytes, "peak_bytes": row.peak_bytes,
-                    "largest_micro_batch": getattr(row, "largest", None), "first_step_s": row.compile_seconds})
-    return {"preset": config.preset, "device": device_name, "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
-            "attention": attention_kernel(shape, device, dtype), "compile": compile, "total_batch_tokens": tokens,
-            "device_batch_size": config.device_batch_size, "repeats": config.bench_repeats,
-            "loader_tokens_per_s": loader_rate(open_data("", shape.vocab_size).train(shape.sequence_len, config.seed), min(data)),
-            "matmul_flops_per_s": ceiling, "nominal_flops_per_s": nominal, "variants": out}
-
-
-def training_table(result):
-    """The benchmark of training as a table for people."""
-    header = ["variant", "micro-batch", "forward + backward", "min to max", "of bp", "optimizer", "tokens/s", "with optimizer", "MFU",
-              "with optimizer", "of matmul", "activations", "peak", "largest micro-batch"]
-    return markdown(header, [
-        [row["name"], f"{row['device_batch_size']}", f"{row['fwdbwd_ms']:.1f} ms", f"{row['fwdbwd_ms_min']:.1f} to {row['fwdbwd_ms_max']:.1f}",
-         cell(row["of_bp"], ".3f"), cell(row["optimizer_ms"], ".1f", " ms"), f"{row['tokens_per_s']:,.0f}",
-         cell(row["tokens_per_s_with_optimizer"], ",.0f"), cell(row["mfu_nominal"], ".1%"), cell(row["mfu_nominal_with_optimizer"], ".1%"),
-         f"{row['mfu_matmul']:.1%}", *(cell(row[name] and row[name] / 2 ** 30, ".2f", " GiB") for name in ("activation_bytes", "peak_bytes")),
-         cell(row["largest_micro_batch"], "d")]
-        for row in result["variants"]])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Decoding: sample.py --bench
-
-BENCH_PROMPTS = ("The sea was calm that morning, and the old man went down to the harbour because",
-                 "def read_lines(path):\n    \"\"\"Return the lines of a text file",
-                 "1, 2, 4, 8, 16, 32, 64, 128, 256,")
-
-
-def bandwidths(device):
-    """(nominal, measured) bytes/s of a GPU's memory: by its clock and bus, and by copying 1 GiB. None where unknown."""
-    if device.type != "cuda":
-        return None, None
-    about = torch.cuda.get_device_properties(device)
-    clock, bus = getattr(about, "memory_clock_rate", 0), getattr(about, "memory_bus_width", 0)       # kHz, bits
-    source, times = torch.zeros(2 ** 29, dtype=torch.int16, device=device), []
-    target = torch.empty_like(source)
-    for _ in range(8):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return 2e3 * clock * bus / 8 or None, 2 * source.nbytes / statistics.median(times)
-
-
-def bench_plans(model_config, config, bounds, metrics):
-    """The variants of a benchmark, {name: Plan}: every mode that this checkpoint has what it needs for, and the curves of early exit."""
     K = model_config.n_stage
     plans = {"full": Plan(range(K))}
     if K == 1:
         return plans
     plans["s0 alone"] = Plan(range(1))
-    plans |= {f"prefix {n}": Plan(range(n)) for n in range(2, K)}
-    plans |= {f"speculative {m}": Plan(range(K), draft_len=m, forced_acceptance=config.forced_acceptance)
-              for m in sorted({1, 2, 4, 8, 12, 16, config.draft_len})}
-    if config.forced_lifts is not None:
-        plans[f"s0, {100 * config.forced_lifts:g}% lifted"] = Plan(range(K), forced_lifts=config.forced_lifts)
-    if config.forced_acceptance is None and config.forced_lifts is None:
-        plans |= {f"speculative 16, gate {gate:g}": Plan(range(K), draft_len=16, draft_gate=gate) for gate in (0.3, 0.6)}
-        for name, mode, margin in (("wand", "wand", False), ("wand, margins", "wand", True), ("routing", "routing", False)):
-            try:
-                plans[name] = make_plan(model_config, mode, wand_margin=margin, bounds=bounds, metrics=metrics)
-            except ValueError as e:
-                if not config.preset:                                       # random weights have no bounds
-                    say(f"not measured: {e}")
-        plans |= {f"curve: margin {t:g}": Plan(range(K), exits=(t,) * (K - 1)) for t in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)}
-        plans |= {f"curve: top-1 {t:g}": Plan(range(K), exits=(t, *[math.inf] * (K - 2)), score="probability")
-                  for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)}
+    plans |= {f"speculative {m}": Plan(range(K), draft_len=m) for m in DRAFT_LENGTHS}
+    # stage 0 is always sure: the benchmark itself asks for lifts
+    plans["lift"] = Plan(range(K), exits=(-math.inf,) * (K - 1))
+    if checkpoint and (checkpoint / "metrics.json").exists():
+        fitted = {"bounds": record[BOUNDS_KEY], "metrics": read_json(checkpoint / "metrics.json")}
+        plans["wand"] = make_plan(model_config, "wand", **fitted)
+        plans["wand, margins"] = make_plan(model_config, "wand", wand_margin=True, **fitted)
+        plans["routing"] = make_plan(model_config, "routing", **fitted)
     return plans
 
 
-def decode_all(engine, prompts, n_new, weight_bytes):
-    """Decode every prompt: the `Run`s, and the bytes of weights and cache that the passes read."""
-    model, runs, read = engine.model, [], 0.0
-    slot_bytes = 2 * model.compute_dtype.itemsize * model.config.n_kv_head * model.config.head_dim      # of one layer's cache
-    for prompt in prompts:
-        before = list(engine.passes)
-        runs.append(decode_timed(engine, prompt, n_new))
-        for k, (n, n_before) in enumerate(zip(engine.passes, before)):
-            cached = len(model.layers_of_stage[k]) * slot_bytes * (len(prompt) + len(runs[-1].ids) / 2)
-            read += (n - n_before) * (weight_bytes[k] - (weight_bytes[k - 1] if k else 0) + cached)
-    return runs, read
+def time_cycle(engine, context):
+    """Seconds of a cycle of the engine's plan after a context of ids, the mean of several in a row.
 
-
-def bench(model, prompts, config, plans):
-    """Measure plans side by side, a JSON-ready dict. Greedy, one row at a time; a round is every plan over every prompt; the first warms up.
-
-    speedup: the median over rounds of the time of "full" over this one's. bytes_per_token: weights and cache that the passes read.
-    identical: the very tokens of "full". agreement: share of tokens that the full product would have chosen after the same text.
-    "full, no graphs" is the first prompt's first 64 tokens, once.
+    With early exit a cycle is WAITING passes of stage 0, after which the other stages catch up and decide.
     """
-    device, on_cuda = model.cos.device, model.cos.device.type == "cuda"
-    kernels = on_cuda and kernels_fit(model)
-    variants = ({"full, no graphs": (plans["full"], False)} if kernels else {}) | {name: (plan, kernels) for name, plan in plans.items()}
-    engines, rounds, n_new, weight_bytes = {}, {name: [] for name in variants}, config.max_new_tokens, stage_bytes(model)
-    for number in range(config.bench_repeats + 1):
-        for name, (plan, fast) in variants.items():
-            if name.startswith(("curve", "full, no")) and number > 1:       # one timed round is enough there
-                continue
-            if sys.stderr.isatty():
-                print(f"\rround {number} of {config.bench_repeats}: {name:40}", end="", file=sys.stderr)
-            if name not in engines:
-                engines[name] = Engine(model, plan, fast=fast)
-            slow = kernels and not fast
-            rounds[name].append(decode_all(engines[name], prompts[:1] if slow else prompts, min(n_new, 64) if slow else n_new, weight_bytes))
-    nominal, copied = bandwidths(device)
-    times = {name: [sum(run.seconds for run in runs) / sum(len(run.ids) for run in runs) for runs, _ in of[1:]] for name, of in rounds.items()}
-    rows = []
-    for name, (plan, _) in variants.items():
-        (runs, read), speed = rounds[name][-1], 1 / statistics.median(times[name])
-        made, agreement = sum(len(run.ids) for run in runs), None
-        identical = all(a.ids[:n_new] == b.ids[:len(a.ids[:n_new])] for a, b in zip(runs, rounds["full"][-1][0]))
-        if identical or (config.forced_acceptance is None and config.forced_lifts is None):
-            same = [True] if identical else [a == b for prompt, run in zip(prompts, runs)
-                                             for a, b in zip(engines["full"].choices(prompt, run.ids[:n_new]), run.ids)]
-            agreement = sum(same) / len(same)
-        judged = sum(run.judged for run in runs)
-        rows.append({
-            "name": name, "tokens_per_s": speed, "tokens_per_s_min": 1 / max(times[name]), "tokens_per_s_max": 1 / min(times[name]),
-            "ms_per_token": 1e3 / speed, "speedup": statistics.median(a / b for a, b in zip(times["full"], times[name])),
-            "tokens_per_cycle": made / sum(run.cycles for run in runs),
-            "acceptance": sum(run.accepted for run in runs) / judged if judged else None,
-            "exits": [sum(run.depths.count(k + 1) for run in runs) / made for k in range(model.config.n_stage)],
-            "identical": identical, "agreement": agreement,
-            "bytes_per_token": read / made, "share_of_nominal": nominal and read / made * speed / nominal,
-            "share_of_copy": copied and read / made * speed / copied,
-            "first_token_s": statistics.median(run.first for of, _ in rounds[name][1:] for run in of)})
-    return {"device": torch.cuda.get_device_name() if on_cuda else "cpu", "torch": torch.__version__,
-            "dtype": str(model.compute_dtype).removeprefix("torch."), "prompts": len(prompts), "max_new_tokens": n_new,
-            "repeats": config.bench_repeats, "forced_acceptance": config.forced_acceptance, "forced_lifts": config.forced_lifts,
-            "nominal_bytes_per_s": nominal, "copy_bytes_per_s": copied, "capture_s": sum(engine.capture_seconds for engine in engines.values()),
-            "peak_bytes": torch.cuda.max_memory_allocated() if on_cuda else None, "modes": rows}
+    n_cycles = 1 + (engine.model.config.sequence_len - len(context)) // 128
+    engine.begin([context])
+    start = clock(engine.tokens.device)
+    for _ in range(n_cycles):
+        if not engine.plan.exits:
+            engine.start(engine.cycle, engine.plan.draft_len + 1)
+            continue
+        for _ in range(WAITING):
+            engine.start(engine.draft)
+        for k in range(1, engine.last + 1):
+            engine.start_lift(k, WAITING, k == engine.last)
+    return (clock(engine.tokens.device) - start) / n_cycles
 
 
-def bench_table(result, bpb):
-    """The benchmark as a table for people. bpb: {name: bits per byte}, as evaluate.py measured it."""
-    header = ["mode", "bpb", "tokens/s", "min to max", "ms/token", "speedup", "tokens/cycle", "acceptance", "left after s0, s1, ...",
-              "agrees with full", "MB/token", "of nominal", "of copy", "first token"]
-    rows = []
-    for row in result["modes"]:
-        lossless = row["identical"] and row["name"].startswith(("full", "speculative"))      # the same text alone is not the same distribution
-        rows.append([row["name"], cell(bpb.get(row["name"], bpb.get("full") if lossless else None), ".4f"), f"{row['tokens_per_s']:.1f}",
-                     f"{row['tokens_per_s_min']:.1f} to {row['tokens_per_s_max']:.1f}", f"{row['ms_per_token']:.3f}", f"{row['speedup']:.2f}x",
-                     f"{row['tokens_per_cycle']:.2f}", cell(row["acceptance"], ".4f"), " ".join(f"{share:.3f}" for share in row["exits"]),
-                     "identical" if row["identical"] else cell(row["agreement"], ".4f"), f"{row['bytes_per_token'] / 1e6:.1f}",
-                     cell(row["share_of_nominal"], ".1%"), cell(row["share_of_copy"], ".1%"), f"{row['first_token_s'] * 1e3:.1f} ms"])
-    return markdown(header, rows)
+def decode_texts(engine, prompts, n_new):
+    """Continue every prompt: (seconds of a token, share of drafts accepted)."""
+    runs = [decode_timed(engine, prompt, n_new) for prompt in prompts]
+    seconds = sum(one.seconds for one in runs) / sum(len(one.ids) for one in runs)
+    n_judged = sum(one.judged for one in runs)
+    return seconds, sum(one.accepted for one in runs) / max(1, n_judged)
 
 
-def random_model(preset, device, dtype, seed):
-    """A model of a preset's shape with random weights, for speed alone: every matrix of the order of a trained one's."""
-    with torch.device(device):
-        model = PoE(PRESETS[preset], dtype)
-    model.init_weights(seed)
-    torch.nn.init.zeros_(model.lm_head.weight)                              # begins so small that no id would stand out
-    fill_zeros(model, seed)
-    return model.freeze_for_inference()
+def bench_decode(checkpoint, config):
+    """Time greedy decoding of one row, mode beside mode: whole texts, and single cycles.
 
-
-def bench_decoding(model, tokenizer, prompts, config, bounds, metrics, checkpoint):
-    """`sample.py --bench`: print a table for people, and one JSON line last. prompts: texts; [""] stands for three of our own."""
-    prompts = list(BENCH_PROMPTS) if prompts == [""] else prompts
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    config = replace(config, max_new_tokens=count_new_tokens(model.config, encoded, config.max_new_tokens, default=256))
-    plans = bench_plans(model.config, config, bounds, metrics)
-    result = {"checkpoint": checkpoint and str(checkpoint), "random_weights": config.preset} | bench(model, encoded, config, plans)
-    known = {"full": get(metrics, ("bpb", "full")), "s0 alone": get(metrics, ("bpb", "single", 0))}
-    known |= {f"prefix {n}": get(metrics, ("bpb", "prefix", n - 1)) for n in range(1, model.config.n_stage)}
+    Cycles follow a quarter of the context, 512 tokens for 3b. A cycle of m drafts gives (1 - p^(m+1)) / (1 -
+    p) tokens where each draft is accepted with probability p, --acceptance. lift: stage 0 runs 20 tokens
+    ahead, then the other stages catch up and decide. Random weights accept no drafts, so with --preset
+    speculation is timed by its cycles alone. Early exit (wand, routing) is measured where evaluate.py has
+    calibrated the checkpoint. gigabytes_per_s: of weights read.
+    """
+    if (checkpoint is None) == (config.preset is None):
+        raise ValueError("give a checkpoint (a step-XXXXX folder or a run), or --preset for random weights")
+    device, dtype = choose_device(config.device, config.dtype)
+    path = record = None
     if config.preset:
-        print(f"random weights in the shape of {config.preset}: speed alone")
-    for name, value in (("acceptance", config.forced_acceptance), ("share of lifts", config.forced_lifts)):
-        if value is not None:
-            print(f"the {name} is forced to {value:g}: what is generated means nothing")
-    if model.cos.device.type == "cuda" and not kernels_fit(model):
-        print("the kernels do not serve this dtype or these widths: everything runs without them and without graphs")
-    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {len(prompts)} prompts, {config.max_new_tokens} tokens each, "
-          f"{config.bench_repeats} rounds")
-    print(bench_table(result, {name: value for name, value in known.items() if isinstance(value, (int, float))}))
-    agreeing = [row for row in result["modes"] if (row["agreement"] or 0.0) >= 0.999 and row["name"].startswith(("wand", "routing", "curve"))]
-    if agreeing:
-        best = max(agreeing, key=lambda row: row["tokens_per_s"])
-        print(f"the fastest early exit that agrees with full in at least 99.9 %: {best['name']}, {best['speedup']:.2f}x")
-    if result["peak_bytes"]:
-        print(f"compiling and capturing: {result['capture_s']:.1f} s in all; peak memory {result['peak_bytes'] / 2 ** 30:.2f} GiB; memory bandwidth "
-              f"{(result['nominal_bytes_per_s'] or 0) / 1e12:.2f} TB/s nominal, {result['copy_bytes_per_s'] / 1e12:.2f} by copying")
-    print(json.dumps(result))
+        model = random_model(config.preset, device, dtype).freeze_for_inference()
+        tokenizer = Tokenizer.load(vocab_size=model.config.vocab_size)
+    else:
+        path = resolve_checkpoint(checkpoint)
+        model, record, _ = load_checkpoint(path, device, dtype)
+        tokenizer = Tokenizer.load(path)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    n_new = count_new_tokens(model.config, prompts, config.max_new_tokens, default=256)
+    context = [tokenizer.bos] * (model.config.sequence_len // 4)
+    plans = mode_plans(model.config, path, record)
+    engines = {name: Engine(model, plan, fast=kernels_fit(model)) for name, plan in plans.items()}
+    text_measures = {}
+    cycle_measures = {}
+    for name, plan in plans.items():
+        if name == "lift" or not plan.exits:
+            cycle_measures[name] = partial(time_cycle, engines[name], context)
+        if name != "lift" and not (config.preset and plan.draft_len):
+            text_measures[name] = partial(decode_texts, engines[name], prompts, n_new)
+    with attention_backends(device):
+        texts = in_rounds(text_measures, config.bench_repeats)
+        cycles = in_rounds(cycle_measures, config.bench_repeats)
+    rows = []
+    for name, plan in plans.items():
+        row = {"name": name}
+        if name in texts:
+            row |= spread("tokens_per_s", [1 / seconds for seconds, _ in texts[name]])
+            row["speedup"] = median(full / ours for (full, _), (ours, _) in zip(texts["full"], texts[name]))
+            if plan.draft_len:
+                row["acceptance"] = texts[name][-1][1]
+            elif not plan.exits:
+                n_bytes = stage_bytes(model)[plan.experts[-1]]
+                row["gigabytes_per_s"] = n_bytes * row["tokens_per_s"] / 1e9
+        if name in cycles:
+            cycle = median(cycles[name])
+            n_tokens = sum(config.acceptance ** n for n in range(plan.draft_len + 1))
+            row["cycle_ms"] = 1e3 * cycle
+            row["tokens_per_s_at_acceptance"] = (WAITING if plan.exits else n_tokens) / cycle
+        rows.append(row)
+    print_result(rows, config, device, dtype, checkpoint=checkpoint, max_new_tokens=n_new, modes=rows)
 
 
 def main(argv=None):
-    config = BenchConfig(**parse_flags(BenchConfig, __doc__, argv))
-    with attention_backends(choose_device(config.device, config.dtype)[0]):
-        result = bench_training(config)
-    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}; {config.preset}, {config.total_batch_tokens:,} tokens a step; "
-          f"{config.bench_repeats} rounds; a large matmul runs at {result['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s; "
-          f"attention by {result['attention']}")
-    print(training_table(result))
-    print(json.dumps(result))
+    checkpoint = ("checkpoint", "?", "a step-XXXXX directory, or a run: its newest")
+    commands = {"train": (bench_train, TrainBench, []), "decode": (bench_decode, DecodeBench, [checkpoint])}
+    name, given = parse_command(commands, __doc__, argv)
+    if name == "train":
+        bench_train(TrainBench(**given))
+    else:
+        bench_decode(given.pop("checkpoint"), DecodeBench(**given))
 
 
 if __name__ == "__main__":

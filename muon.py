@@ -1,29 +1,32 @@
 """
-MuonAdamW: Muon for the blocks' matrices, AdamW for everything else, sharded over ranks (ZeRO-2, arXiv 1910.02054).
+MuonAdamW: Muon for the blocks' matrices, AdamW for everything else, sharded over ranks.
 
-Muon (Keller Jordan, kellerjordan.github.io/posts/muon) is SGD with Nesterov momentum whose update, per matrix, is replaced by
-its nearest semi-orthogonal matrix; `lr` is therefore in units of spectral norm per update. Orthogonalisation is five
-iterations of Polar Express (arXiv 2505.16932). Weight decay is decoupled in both (AdamW, arXiv 1711.05101).
+Muon (Keller Jordan, kellerjordan.github.io/posts/muon) is SGD with Nesterov momentum whose update, per
+matrix, is replaced by its nearest semi-orthogonal matrix; `lr` is therefore in units of spectral norm per
+update. Orthogonalisation is five iterations of Polar Express (arXiv 2505.16932). Weight decay is decoupled in
+both (AdamW, arXiv 1711.05101).
 
-Ownership. Every parameter has one owner rank. Only the owner holds its optimizer state and does its update, so state (8 bytes a
-parameter under AdamW, 4 under Muon, in float32) and work are divided by the world size; weights and gradients are whole on every
-rank. Muon's matrices are dealt out by their FLOPs and AdamW's parameters by size, each longest first. There is no padding
-and no divisibility rule. Ranks add up: the gradients that a rank brings are its share of the whole batch's. A step is
+Ownership (ZeRO-2, arXiv 1910.02054). Every parameter has one owner rank. Only the owner holds its optimizer
+state and does its update, so state (8 bytes a parameter under AdamW, 4 under Muon, in float32) and work are
+divided by the world size; weights and gradients are whole on every rank. Muon's matrices are dealt out by
+their FLOPs and AdamW's parameters by size, each costliest first. There is no padding and no divisibility
+rule. Ranks add up: the gradients that a rank brings are its share of the whole batch's. A step is
 
-    1. reduce      each gradient is summed onto its owner (`start_reduce` may have begun earlier, stage by stage)
-    2. update      each rank updates what it owns, unit by unit (`units_of`), and waits only for the gradients of the next
+    1. reduce      each gradient is summed onto its owner; `start_reduce` may have begun, stage by stage
+    2. update      each rank updates what it owns, unit by unit, and waits for the gradients of one at a time
     3. send back   the owner broadcasts a unit's new weights while it updates the next
 
-All ranks issue the same collectives in the same order. World size 1 is the same path without them. A parameter without a
-gradient is an error on every rank: skipping it on some would hang the others. Not here: parameter names and their groups,
-schedules, logging.
+An owner's small parameters travel in one message. All ranks issue the same collectives in the same order.
+World size 1 is the same path without them. A parameter without a gradient is an error on every rank: skipping
+it on some would hang the others. Not here: the parameters' names and groups, schedules, logging.
 """
 import functools
 
 import torch
 import torch.distributed as dist
 
-# Polar Express, 5 iterations, safety factor 2e-2, cushion 2 (arXiv 2505.16932; the table of its authors' code, as in nanochat)
+# Polar Express, 5 iterations, safety factor 2e-2, cushion 2 (arXiv 2505.16932; the table of its authors'
+# code, as in nanochat)
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -31,17 +34,24 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-GRAM_RATIO, GRAM_RESTART = 2, 2      # `polar_by_gram` serves matrices of more than 1 : 2, and forms X anew after two iterations
-STACK_ELEMENTS = 2 ** 26    # matrices of one shape are orthogonalised together, up to this many elements at once
+# `polar_by_gram` serves matrices of more than 1 : 2, and forms X anew after two iterations
+GRAM_RATIO = 2
+GRAM_RESTART = 2
+# matrices of one shape are orthogonalised together, up to this many elements at once
+STACK_ELEMENTS = 2 ** 26
+# parameters up to this size travel in one message with others of their owner
+SMALL_ELEMENTS = 2 ** 10
 
 
 def orthogonalize(G):
-    """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately. Returns the dtype of G.
+    """Replace the singular values of G (..., m, n) by values near 1: the polar factor, approximately.
 
-    Runs in the dtype of G on a CPU and in 16 bits on CUDA, where matrices of more than 1 : GRAM_RATIO go through `polar_by_gram`.
+    Returns the dtype of G. Runs in the dtype of G on a CPU and in 16 bits on CUDA, where matrices of more
+    than 1 : GRAM_RATIO go through `polar_by_gram`.
     """
     tall = G.size(-2) > G.size(-1)
-    X = (G.mT if tall else G).reshape(-1, *sorted(G.shape[-2:]))            # (B, m, n), m <= n: the smaller Gram matrix
+    # (B, m, n), m <= n: the smaller Gram matrix
+    X = (G.mT if tall else G).reshape(-1, *sorted(G.shape[-2:]))
     norm = X.norm(dim=(-2, -1), keepdim=True, dtype=torch.promote_types(X.dtype, torch.float32))
     X = X / (norm * 1.02 + 1e-6)                                            # spectral norm <= 1
     if not G.is_cuda:
@@ -54,23 +64,28 @@ def orthogonalize(G):
 
 
 def polar(X):
-    """The iteration on X (B, m, n) = U S V^T: X <- a X + (b A + c A^2) X with A = X X^T moves each singular value and no singular vector."""
+    """Iterate X <- a X + (b A + c A^2) X, A = X X^T, on X (B, m, n): only its singular values move."""
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT                                                        # (B, m, m)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)                         # b A + c A^2, without a pass of its own over A
+        # b A + c A^2, without a pass of its own over A
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return X
 
 
 def polar_by_gram(X):
-    """`polar` by way of the Gram matrix (Zhang, Amsel, Chen, Dao: Gram Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz).
+    """`polar` by way of the Gram matrix.
 
-    An iteration multiplies X from the left by P = a I + b A + c A^2, and A = X X^T by P from both sides, so it can run on (m, m) matrices
-    alone, which takes fewer FLOPs (`polar_flops`). A drifts from the X X^T of which it takes the place, so X is formed anew after
-    GRAM_RESTART iterations. It must be float16: in bfloat16 the loss of one d12 run in two jumped by 2 nats.
+    Zhang, Amsel, Chen, Dao: Gram Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz. An iteration
+    multiplies X from the left by P = a I + b A + c A^2, and A = X X^T by P from both sides, so it can run on
+    (m, m) matrices alone, which takes fewer FLOPs (`polar_flops`). A drifts from the X X^T of which it takes
+    the place, so X is formed anew after GRAM_RESTART iterations. It must be float16: in bfloat16 the loss of
+    one d12 run in two jumped by 2 nats.
     """
     for part in (POLAR_EXPRESS[:GRAM_RESTART], POLAR_EXPRESS[GRAM_RESTART:]):
-        A, Q = X @ X.mT, None                                               # Q: the product of this part's P
+        A = X @ X.mT
+        # the product of this part's P
+        Q = None
         for i, (a, b, c) in enumerate(part):
             B = torch.baddbmm(A, A, A, beta=b, alpha=c)                     # P = a I + B
             if Q is None:
@@ -79,7 +94,8 @@ def polar_by_gram(X):
             else:
                 Q = torch.baddbmm(Q, B, Q, beta=a)
             for _ in range(2 if i + 1 < len(part) else 0):
-                A = torch.baddbmm(A, B, A, beta=a)                          # from the left, then from the right: all of them commute
+                # from the left, then from the right: all of them commute
+                A = torch.baddbmm(A, B, A, beta=a)
         X = Q @ X
     return X
 
@@ -90,20 +106,22 @@ def polar_flops(shape):
     return 8 * m * m * n + 28 * m ** 3 if n > GRAM_RATIO * m else 20 * m * m * n + 10 * m ** 3
 
 
-def elementwise(compile, function, tensors, numbers):
-    """function(*tensors, *numbers); with `compile` as one kernel for all shapes."""
-    if compile:                                                             # numbers as 0-d tensors: a float would be a constant of the kernel
-        function, numbers = compiled(function), [torch.tensor(x, dtype=tensors[0].dtype) for x in numbers]
-    return function(*tensors, *numbers)
-
-
 @functools.cache
 def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
+def elementwise(compile, function, tensors, numbers):
+    """function(*tensors, *numbers); with `compile` as one kernel for all shapes."""
+    if compile:
+        # numbers as 0-d tensors: a float would be a constant of the kernel
+        function = compiled(function)
+        numbers = [torch.tensor(x, dtype=tensors[0].dtype) for x in numbers]
+    return function(*tensors, *numbers)
+
+
 def look_ahead(buffer, grad, out, momentum, rest):
-    """Nesterov momentum: `buffer` moves towards `grad` by rest = 1 - momentum; `out` lies that much further, in its own dtype."""
+    """Nesterov momentum: `buffer` moves to `grad` by rest = 1 - momentum; `out` lies that much further."""
     buffer.lerp_(grad, rest)
     out.copy_(torch.lerp(grad, buffer, momentum))
 
@@ -113,16 +131,18 @@ def decay_and_subtract(p, update, decay, size):
 
 
 def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay, compile=False):
-    """One Muon step on matrices of one shape (m, n): lists of tensors; `params` and `momentum_buffers` are mutated.
+    """One Muon step on matrices of one shape (m, n).
 
-    The update's spectral norm is about lr sqrt(max(1, m / n)): Muon's shape factor, the only rescaling here.
+    Lists of tensors; `params` and `momentum_buffers` are mutated. The update's spectral norm is about lr
+    sqrt(max(1, m / n)): Muon's shape factor, the only rescaling here.
     """
     m, n = params[0].shape
     nesterov = params[0].new_empty(len(params), m, n, dtype=torch.bfloat16 if params[0].is_cuda else None)
     for buffer, grad, out in zip(momentum_buffers, grads, nesterov):
         elementwise(compile, look_ahead, (buffer, grad, out), (momentum, 1 - momentum))
     for p, update in zip(params, orthogonalize(nesterov)):                  # (m, n) each
-        elementwise(compile, decay_and_subtract, (p, update), (1 - lr * weight_decay, lr * max(1, m / n) ** 0.5))
+        elementwise(compile, decay_and_subtract, (p, update),
+                    (1 - lr * weight_decay, lr * max(1, m / n) ** 0.5))
 
 
 def adam_moments_and_step(p, grad, exp_avg, exp_avg_sq, rest1, rest2, correction2, eps, decay, size):
@@ -134,17 +154,22 @@ def adam_moments_and_step(p, grad, exp_avg, exp_avg_sq, rest1, rest2, correction
 def adamw_update(p, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, compile=False):
     """One AdamW step; p, exp_avg and exp_avg_sq are mutated. step counts from 1."""
     elementwise(compile, adam_moments_and_step, (p, grad, exp_avg, exp_avg_sq),
-                (1 - betas[0], 1 - betas[1], 1 - betas[1] ** step, eps, 1 - lr * weight_decay, lr / (1 - betas[0] ** step)))
+                (1 - betas[0], 1 - betas[1], 1 - betas[1] ** step, eps, 1 - lr * weight_decay,
+                 lr / (1 - betas[0] ** step)))
 
+
+# --------------------------------------------------------------------------------------------------
+# Who owns what, and in which order it is updated and sent
 
 def assign_owners(groups, world_size):
-    """Deal the parameters of `groups` out to ranks, longest first: {name: rank}. The same on every rank."""
+    """Deal the parameters of `groups` out to ranks, costliest first: {name: rank}. The same on every rank."""
     owner = {}
     for kind in ("muon", "adamw"):
         cost = {}
         for group in groups:
-            for name, p in group["params"].items() if group["kind"] == kind else ():
-                cost[name] = polar_flops(p.shape) if kind == "muon" else p.numel()
+            if group["kind"] == kind:
+                for name, p in group["params"].items():
+                    cost[name] = polar_flops(p.shape) if kind == "muon" else p.numel()
         load = [0] * world_size
         for name in sorted(cost, key=lambda name: (-cost[name], name)):
             owner[name] = load.index(min(load))
@@ -153,53 +178,110 @@ def assign_owners(groups, world_size):
 
 
 def units_of(rank, groups, owner):
-    """What `rank` updates, in order: [(group, names)]. A unit of Muon is a stack of matrices of one shape, one of AdamW a parameter.
+    """Cut what `rank` owns into units, lists of names in the order of their updates.
 
-    AdamW's units, which are much to send and little to compute, stand in the middle of Muon's: the last gradients, those of the heads,
-    have time to arrive, and the weights' way back has work to hide behind.
+    A unit is a stack of Muon's matrices of one shape, one large parameter of AdamW, or all small ones.
+    AdamW's units, which are much to send and little to compute, stand in the middle of Muon's: the last
+    gradients, those of the heads, have time to arrive, and the weights' way back has work to hide behind.
     """
-    units, adamw = [], []
+    stacks = []
+    large = []
+    small = []
     for group in groups:
-        owned = {name: p for name, p in group["params"].items() if owner[name] == rank}
-        if group["kind"] == "adamw":
-            adamw += [(group, [name]) for name in owned]
-            continue
-        open_stacks = {}                                                    # shape -> the unit of that shape that has room
-        for name, p in owned.items():
-            names = open_stacks.get(p.shape, [])
-            if not names or (len(names) + 1) * p.numel() > STACK_ELEMENTS:
-                names = open_stacks[p.shape] = []
-                units.append((group, names))
-            names.append(name)
-    middle = len(units) // 2
-    return units[:middle] + adamw + units[middle:]
+        # shape -> the stack of that shape that has room
+        open_stacks = {}
+        for name, p in group["params"].items():
+            if owner[name] != rank:
+                continue
+            if group["kind"] == "muon":
+                stack = open_stacks.get(p.shape, [])
+                if not stack or (len(stack) + 1) * p.numel() > STACK_ELEMENTS:
+                    stack = []
+                    stacks.append(stack)
+                    open_stacks[p.shape] = stack
+                stack.append(name)
+            elif p.numel() > SMALL_ELEMENTS:
+                large.append([name])
+            else:
+                small.append(name)
+    if small:
+        large.append(small)
+    middle = len(stacks) // 2
+    return stacks[:middle] + large + stacks[middle:]
 
+
+def pack(tensors):
+    """One tensor with the elements of all; of a single tensor, that tensor itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unpack(buffer, tensors):
+    """Copy what `pack` made of `tensors` back into them."""
+    if len(tensors) > 1:
+        for tensor, part in zip(tensors, buffer.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer
 
 class MuonAdamW:
-    """Groups are dicts: kind ("muon" or "adamw"), params {name: tensor}, lr, weight_decay, and momentum or betas and eps.
+    """Groups are dicts: kind ("muon" or "adamw"), params {name: tensor}, lr, weight_decay, momentum or betas
+    and eps.
 
-    The caller changes lr, weight_decay and momentum in `groups` from step to step; `state_dict` holds none of them.
-    compile: elementwise work as fused kernels (CUDA).
+    The caller changes lr, weight_decay and momentum in `groups` from step to step; `state_dict` holds none of
+    them. compile: elementwise work as fused kernels (CUDA).
     """
 
     def __init__(self, groups, rank=0, world_size=1, compile=False):
-        self.groups, self.rank, self.world_size, self.compile = groups, rank, world_size, compile
+        self.groups = groups
+        self.rank = rank
+        self.world_size = world_size
+        self.compile = compile
         self.params = {name: p for group in groups for name, p in group["params"].items()}
-        assert len(self.params) == sum(len(group["params"]) for group in groups), "a parameter is in two groups"
+        self.group_of = {name: group for group in groups for name in group["params"]}
         self.owner = assign_owners(groups, world_size)
         self.units = [units_of(r, groups, self.owner) for r in range(world_size)]
-        self.state, self.reducing = {}, {}
-        for group, names in self.units[rank]:
-            for name in names:
-                moments = ("momentum_buffer",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
-                self.state[name] = {key: torch.zeros_like(self.params[name], requires_grad=False) for key in moments}
+        # name -> (work, buffer, names of the message) of its gradient on the way to its owner
+        self.reducing = {}
+        self.state = {}
+        for unit in self.units[rank]:
+            for name in unit:
+                moments = ["momentum_buffer"] if self.group_of[name]["kind"] == "muon" else ["exp_avg",
+                                                                                             "exp_avg_sq"]
+                self.state[name] = {key: torch.zeros_like(self.params[name], requires_grad=False)
+                                    for key in moments}
                 self.state[name]["step"] = 0
 
+    def messages(self, names):
+        """Yield the names that travel together: a large parameter alone, an owner's small ones as one."""
+        small = {}
+        for name in names:
+            if self.params[name].numel() > SMALL_ELEMENTS:
+                yield [name]
+            else:
+                small.setdefault(self.owner[name], []).append(name)
+        yield from small.values()
+
     def start_reduce(self, names):
-        """Begin summing these parameters' gradients onto their owners, without waiting. The same names in the same order on every rank."""
-        for name in names if self.world_size > 1 else ():
-            grad = self.params[name].grad
-            self.reducing[name] = dist.reduce(grad, self.owner[name], async_op=True), grad      # both kept alive until waited for
+        """Begin to sum these parameters' gradients onto their owners; all ranks give the same names."""
+        if self.world_size == 1:
+            return
+        for message in self.messages(names):
+            buffer = pack([self.params[name].grad for name in message])
+            work = dist.reduce(buffer, self.owner[message[0]], async_op=True)
+            for name in message:
+                self.reducing[name] = (work, buffer, message)
+
+    def finish_reduce(self, names):
+        """Wait until the summed gradients of these parameters, which this rank owns, are there."""
+        for name in names:
+            if name in self.reducing:
+                work, buffer, message = self.reducing[name]
+                work.wait()
+                unpack(buffer, [self.params[other].grad for other in message])
+                for other in message:
+                    del self.reducing[other]
 
     @torch.no_grad()
     def step(self):
@@ -210,31 +292,40 @@ class MuonAdamW:
         sending = []
         for i in range(max(map(len, self.units))):
             if i < len(self.units[self.rank]):
-                group, names = self.units[self.rank][i]
-                for name in names if self.world_size > 1 else ():
-                    self.reducing.pop(name)[0].wait()
-                self._update(group, names)
-            for rank, units in enumerate(self.units) if self.world_size > 1 else ():
-                for name in units[i][1] if i < len(units) else ():
-                    sending.append(dist.broadcast(self.params[name].data, rank, async_op=True))
-        for work in [*sending, *(work for work, _ in self.reducing.values())]:  # those left are of gradients that others own
+                self.finish_reduce(self.units[self.rank][i])
+                self.update(self.units[self.rank][i])
+            if self.world_size > 1:
+                for rank, units in enumerate(self.units):
+                    for message in self.messages(units[i] if i < len(units) else []):
+                        weights = [self.params[name].data for name in message]
+                        buffer = pack(weights)
+                        sending.append((dist.broadcast(buffer, rank, async_op=True), buffer, weights))
+        for work, buffer, weights in sending:
+            work.wait()
+            unpack(buffer, weights)
+        # those left are of gradients that others own
+        for work, _, _ in self.reducing.values():
             work.wait()
         self.reducing.clear()
         for p in self.params.values():
             p.grad = None
 
-    def _update(self, group, names):
+    def update(self, names):
         """Update the parameters of one unit, and free their gradients."""
-        params, states = [self.params[name] for name in names], [self.state[name] for name in names]
-        for state in states:
-            state["step"] += 1
+        group = self.group_of[names[0]]
         if group["kind"] == "muon":
-            muon_update(params, [p.grad for p in params], [state["momentum_buffer"] for state in states],
-                        lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"], compile=self.compile)
-        else:
-            adamw_update(params[0], params[0].grad, **states[0], lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                         weight_decay=group["weight_decay"], compile=self.compile)
-        for p in params:
+            buffers = [self.state[name]["momentum_buffer"] for name in names]
+            params = [self.params[name] for name in names]
+            muon_update(params, [p.grad for p in params], buffers, lr=group["lr"], momentum=group["momentum"],
+                        weight_decay=group["weight_decay"], compile=self.compile)
+        for name in names:
+            p = self.params[name]
+            state = self.state[name]
+            state["step"] += 1
+            group = self.group_of[name]
+            if group["kind"] == "adamw":
+                adamw_update(p, p.grad, **state, lr=group["lr"], betas=group["betas"], eps=group["eps"],
+                             weight_decay=group["weight_decay"], compile=self.compile)
             p.grad = None
 
     def state_dict(self):
@@ -242,13 +333,8 @@ class MuonAdamW:
         return self.state
 
     def load_state_dict(self, state):
-        """Copy the state of this rank's parameters from {name: state}, which may hold others' too. Raises ValueError where one is missing."""
-        def shapes(of_name):
-            return {key: getattr(value, "shape", ()) for key, value in of_name.items()}
-
+        """Copy the state of this rank's parameters from {name: state}, which may hold others' too."""
         for name, mine in self.state.items():
-            if name not in state or shapes(state[name]) != shapes(mine):
-                raise ValueError(f"the optimizer state of {name} is missing from the checkpoint or has another shape")
             for key, value in state[name].items():
                 if key == "step":
                     mine[key] = value

@@ -9,22 +9,25 @@ The cyclic schedule: a run is a chain of phases, each anchored at the step where
           +--+---+--------------------+------+--> rel = step - anchor
              0   warmup               N - w  N        w = round(warmdown_ratio * N)
 
-rel < warmup: peak (rel + 1) / warmup, so step 0 has a positive rate. rel <= N - w: peak, both ends included. Then linear;
-rel = N gives `final` exactly, which no update uses: `step-S` holds the weights after S updates, and lrm(S) is the rate of
-update S -> S + 1. An anchor step belongs to the new phase.
+rel < warmup: peak (rel + 1) / warmup, so step 0 has a positive rate. rel <= N - w: peak, both ends included.
+Then linear; rel = N gives `final` exactly, which no update uses: `step-S` holds the weights after S updates,
+and lrm(S) is the rate of update S -> S + 1. An anchor step belongs to the new phase.
 
-Pure functions of the step; resuming needs nothing else. Shape of a phase and Muon's momentum after nanochat's base_train;
-restarts: SGDR (arXiv 1608.03983). As a script it draws a phase and prints its figures:
+Pure functions of the step; resuming needs nothing else. Shape of a phase and Muon's momentum after nanochat's
+base_train; restarts: SGDR (arXiv 1608.03983). As a script it prints steps of a phase:
 
-    python schedule.py --anchor 83923 --num-steps 50800 --warmup-steps 1000 --peak-lrm 0.5 --warmdown-ratio 0.55 --final-lrm 0 \\
-        --at 84000,86000
+    python schedule.py --anchor 83923 --num-steps 50800 --warmup-steps 1000 --peak-lrm 0.5 \\
+        --warmdown-ratio 0.55 --final-lrm 0 --at 84000,86000
 """
 import math
 from dataclasses import dataclass, fields
 
-from flags import flag, parse_flags, run
+from common import flag, parse_flags, run
 
-MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90      # Muon's, over a run [after nanochat]
+# Muon's, over a run (after nanochat)
+MOMENTUM_START = 0.85
+MOMENTUM_PEAK = 0.97
+MOMENTUM_END = 0.90
 MOMENTUM_RAMP_STEPS = 400
 
 
@@ -38,17 +41,17 @@ class Phase:
     final_lrm: float = flag(0.05, "learning-rate multiplier at the end of the phase")
 
     def __post_init__(self):
-        if not 1 <= self.num_steps <= 10 ** 12:
-            raise ValueError(f"num_steps is {self.num_steps}; a phase has from 1 to 10^12 steps (--num-steps)")
-        if self.anchor < 0 or self.warmup_steps < 0:
-            raise ValueError(f"anchor {self.anchor} and warmup_steps {self.warmup_steps} must not be negative")
+        if self.num_steps < 1 or self.anchor < 0 or self.warmup_steps < 0:
+            raise ValueError(f"num_steps {self.num_steps} must be at least 1, anchor {self.anchor} and "
+                             f"warmup_steps {self.warmup_steps} not negative")
         if not 0 <= self.warmdown_ratio <= 1:
-            raise ValueError(f"warmdown_ratio is {self.warmdown_ratio}; it must be from 0 to 1 (--warmdown-ratio)")
-        if not (0 <= self.peak_lrm <= 1000 and 0 <= self.final_lrm <= 1000):
-            raise ValueError(f"peak_lrm {self.peak_lrm} and final_lrm {self.final_lrm} must be from 0 to 1000")
+            raise ValueError(f"warmdown_ratio {self.warmdown_ratio} must be from 0 to 1")
+        if not (0 <= self.peak_lrm < math.inf and 0 <= self.final_lrm < math.inf):
+            raise ValueError(f"peak_lrm {self.peak_lrm} and final_lrm {self.final_lrm} must be 0 or more")
         if self.warmup_steps + self.warmdown_steps > self.num_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} and a warmdown of {self.warmdown_steps} steps (warmdown_ratio "
-                             f"{self.warmdown_ratio}) do not fit in num_steps {self.num_steps}; lower --warmup-steps or --warmdown-ratio")
+            raise ValueError(f"warmup_steps {self.warmup_steps} and a warmdown of {self.warmdown_steps} "
+                             f"steps (warmdown_ratio {self.warmdown_ratio}) do not fit in num_steps "
+                             f"{self.num_steps}; lower --warmup-steps or --warmdown-ratio")
 
     @property
     def end(self):
@@ -65,7 +68,7 @@ def phase_of(row):
 
 
 def phase_index(phases, step):
-    """Index of the phase that `step` belongs to; an anchor belongs to the new phase, a step past the end to the last."""
+    """Index of the phase of `step`: an anchor belongs to the new phase, a step past the end to the last."""
     return max(i for i, phase in enumerate(phases) if phase.anchor <= step)
 
 
@@ -81,23 +84,27 @@ def learning_rate(phase, step):
 
 
 def muon_momentum(phase, step, ramp_start=0):
-    """Muon's momentum: 0.85 -> 0.97 over 400 steps from `ramp_start`, 0.97 -> 0.90 through the warmdown; the smaller where they meet.
+    """Muon's momentum: 0.85 -> 0.97 over 400 steps, 0.97 -> 0.90 through the warmdown; the smaller of both.
 
-    ramp_start: the step at which the momentum buffers were last zero: 0, or the anchor where the optimizer was reset.
+    ramp_start: the step at which the momentum buffers were last zero: 0, or the anchor where the optimizer
+    was reset.
     """
     ramp = min(1.0, (step - ramp_start) / MOMENTUM_RAMP_STEPS)
     fall = max(0.0, (step - (phase.end - phase.warmdown_steps)) / max(1, phase.warmdown_steps))
-    return min(MOMENTUM_START + ramp * (MOMENTUM_PEAK - MOMENTUM_START), MOMENTUM_PEAK + fall * (MOMENTUM_END - MOMENTUM_PEAK))
+    rising = MOMENTUM_START + ramp * (MOMENTUM_PEAK - MOMENTUM_START)
+    falling = MOMENTUM_PEAK + fall * (MOMENTUM_END - MOMENTUM_PEAK)
+    return min(rising, falling)
 
 
 def weight_decay_factor(phase, step):
-    """Factor on weight decay: a half cosine from 1 at the anchor to 0 at the end of the phase; the next phase re-arms it."""
+    """Factor on weight decay: a half cosine from 1 at the anchor to 0 at the end of the phase."""
     return 0.5 * (1 + math.cos(math.pi * (step - phase.anchor) / phase.num_steps))
 
 
 def position(phase, step):
-    """Where a step stands in its phase: (name, offset), name one of warmup, peak, warmdown, final; offset in steps inside it."""
-    rel, fall = step - phase.anchor, phase.num_steps - phase.warmdown_steps
+    """Where a step stands in its phase: (warmup, peak, warmdown or final, steps since that began)."""
+    rel = step - phase.anchor
+    fall = phase.num_steps - phase.warmdown_steps
     if rel >= phase.num_steps:
         return "final", rel - phase.num_steps
     if rel < phase.warmup_steps:
@@ -105,34 +112,23 @@ def position(phase, step):
     return ("peak", rel - phase.warmup_steps) if rel <= fall else ("warmdown", rel - fall)
 
 
-def draw(phase, width=72, height=10):
-    """The phase as a curve of text, lrm against rel."""
-    steps = [phase.anchor + round(i * phase.num_steps / (width - 1)) for i in range(width)]
-    top = max(phase.peak_lrm, phase.final_lrm, 1e-12)
-    level = [round(learning_rate(phase, s) / top * (height - 1)) for s in steps]
-    rows = ["".join("*" if level[x] == y else " " for x in range(width)).rstrip() for y in reversed(range(height))]
-    labels = [f"{top:7.3f}"] + [" " * 7] * (height - 2) + [f"{0:7.3f}"]
-    return "\n".join([f"{label} |{row}" for label, row in zip(labels, rows)]
-                     + [" " * 8 + "+" + "-" * width, f"{phase.anchor:>9}{phase.end:>{width}}  (step)"])
-
-
 @dataclass(frozen=True)
 class Flags(Phase):
-    at: str = flag("", "steps to print, absolute, separated by commas")
+    at: str = flag("", "steps to print, absolute, separated by commas (empty: the corners of the phase)")
 
 
-def main():
-    phase = Flags(**parse_flags(Flags, __doc__))
+def main(argv=None):
+    phase = Flags(**parse_flags(Flags, __doc__, argv))
     try:
-        steps = [int(s) for s in phase.at.split(",") if s.strip()]
+        steps = [int(step) for step in phase.at.split(",") if step.strip()]
     except ValueError:
         raise ValueError(f"--at {phase.at!r} is not a list of steps such as 84000,86000") from None
-    for step in steps:
+    corners = (0, phase.warmup_steps, phase.num_steps - phase.warmdown_steps, phase.num_steps)
+    for step in steps or [phase.anchor + rel for rel in corners]:
         if not phase.anchor <= step <= phase.end:
             raise ValueError(f"--at {step} lies outside the phase, steps {phase.anchor} to {phase.end}")
-    print(draw(phase))
-    for step in steps:
-        print(f"step:{step} rel:{step - phase.anchor} lrm:{learning_rate(phase, step):.6f} position:{position(phase, step)[0]}")
+        print(f"step:{step} rel:{step - phase.anchor} lrm:{learning_rate(phase, step):.6f} "
+              f"position:{position(phase, step)[0]}")
 
 
 if __name__ == "__main__":

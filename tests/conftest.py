@@ -56,7 +56,7 @@ def trained(data, tmp_path_factory):
 @pytest.fixture
 def refused(capsys):
     """Call a script's main in-process as the shell would; assert exit code 2 and one line on stderr; return that line."""
-    from flags import run
+    from common import run
 
     def call(main, *argv):
         capsys.readouterr()

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from flags import flag, parse_flags, run  # noqa: E402
+from common import flag, parse_flags, run  # noqa: E402
 
 RUN = ["--preset", "tiny", "--num-steps", "200", "--save-every", "2", "--eval-tokens", "2048", "--total-batch-tokens", "512",
        "--device-batch-size", "2", "--device", "cpu", "--keep-optim", "2"]

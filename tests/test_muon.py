@@ -16,7 +16,7 @@ from muon import POLAR_EXPRESS, MuonAdamW, adamw_update, assign_owners, muon_upd
 
 
 def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (5, 32, 64)])
@@ -127,7 +127,7 @@ def test_stacked_matrices_are_updated_as_they_would_be_alone(monkeypatch):
     assert max((alone[n] - stacked[n]).abs().max().item() for n in alone) < 1e-14
 
 
-def test_state_round_trip_and_a_missing_or_misshapen_one_is_named():
+def test_state_of_other_ranks_is_left_out_of_a_round_trip():
     params = {"w": randn(5, 7), "v": randn(3)}
     a, b = MuonAdamW(groups_of(params)), MuonAdamW(groups_of({n: p.clone() for n, p in params.items()}))
     for p in params.values():
@@ -135,10 +135,6 @@ def test_state_round_trip_and_a_missing_or_misshapen_one_is_named():
     a.step()
     b.load_state_dict({**a.state_dict(), "another": {}})
     assert b.state["v"]["step"] == 1 and torch.equal(b.state["w"]["momentum_buffer"], a.state["w"]["momentum_buffer"])
-    with pytest.raises(ValueError, match="v is missing"):
-        b.load_state_dict({"w": a.state["w"]})
-    with pytest.raises(ValueError, match="w is missing"):
-        b.load_state_dict({**a.state_dict(), "w": {"momentum_buffer": torch.zeros(7, 5), "step": 1}})
 
 
 def test_a_missing_gradient_is_an_error():
@@ -163,12 +159,13 @@ def train_on_ranks(rank, world, port, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     params = {f"w{i}": randn(5, 7, seed=i) for i in range(4)} | {f"v{i}": randn(3 + i, seed=i) for i in range(3)}
+    params |= {"w4": randn(29, 37, seed=4), "v3": randn(1031, seed=5), "v4": randn(1, seed=6)[0]}     # large ones; a scalar
     optimizer = MuonAdamW(groups_of(params), rank, world)
     for step in range(4):
         for i, p in enumerate(params.values()):
             parts = [randn(*p.shape, seed=100 * step + 10 * part + i) for part in range(6)]     # six micro-batches, dealt to the ranks
             p.grad = sum(parts[rank::world]) / 6
-        optimizer.start_reduce(["w1", "v0"])                                                    # some begun early, as a stage's are
+        optimizer.start_reduce(["w1", "w4", "v0", "v4"])                                                    # some begun early, as a stage's are
         optimizer.step()
     torch.save(params, path)
     assert len(optimizer.state_dict()) < len(params) or world == 1
@@ -177,7 +174,7 @@ def train_on_ranks(rank, world, port, path):
 
 def test_two_and_three_ranks_equal_one(tmp_path):
     processes = []
-    for world in (1, 2, 3):                 # 4 matrices and 3 vectors: multiples of neither
+    for world in (1, 2, 3):                 # 4 matrices and 3 vectors: multiples of neither; two large parameters
         port = unused_port()
         processes += [multiprocessing.get_context("fork").Process(target=train_on_ranks, args=(rank, world, port, tmp_path / f"{world}-{rank}.pt"))
                       for rank in range(world)]

@@ -1,5 +1,6 @@
 """
-sample.py against uncached greedy loops, plain decoding, teacher-forced passes, softmax frequencies and filters worked out by hand.
+sample.py against uncached greedy loops, plain decoding, teacher-forced passes, softmax frequencies and
+filters worked out by hand.
 
 Run: python -m pytest tests/test_sample.py
 """
@@ -15,21 +16,23 @@ import torch
 
 import sample
 from conftest import ROOT
+from checkpoint import BOUNDS_KEY, checkpoint_steps
 from dataloader import Tokenizer
-from model import BOUNDS_KEY, checkpoint_steps, combine, load_checkpoint, stage_bytes
-from sample import ROWS, Engine, Plan, Sampling, complete, count_new_tokens, draw, generate, gumbel_noise, make_plan
+from model import combine
+from sample import (
+    ROWS, Engine, Plan, Sampling, complete, count_new_tokens, generate, gumbel_noise, make_plan, sample_token)
 from test_model import make
 
 ROW = torch.zeros(1, dtype=torch.int64)
 FULL = Plan(range(3))
 
 
-def greedy_without_cache(model, prompt, n, heads):
+def greedy_without_cache(model, prompt, n, experts):
     """The obvious loop: run everything again for each token."""
     ids = list(prompt)
     for _ in range(n):
         stages = [model.log_probs(k, x[:, -1]) for k, x in enumerate(model.boundaries(torch.tensor([ids])))]
-        ids.append(int(combine(sum(stages[k] for k in heads), len(heads)).argmax()))
+        ids.append(int(combine(sum(stages[k] for k in experts), len(experts)).argmax()))
     return ids[len(prompt):]
 
 
@@ -47,7 +50,7 @@ def small(**changes):
 
 def decode(engine, prompt, n):
     engine.begin([prompt])
-    return [token for (new,), _ in generate(engine, n) for token in new][:n]
+    return [token for step in generate(engine, n) for token in step.rows[0]][:n]
 
 
 def ids(tokens):
@@ -57,36 +60,42 @@ def ids(tokens):
 PROMPT = [22, 3, 1, 4, 15]
 
 
-@pytest.mark.parametrize("mode, options, heads", [("full", {}, [0, 1, 2]), ("single", {"stage": 0}, [0]), ("single", {"stage": 2}, [2]),
-                                                  ("prefix", {"prefix": 1}, [0]), ("prefix", {"prefix": 2}, [0, 1]), ("prefix", {"prefix": 3}, [0, 1, 2])])
-def test_cached_greedy_decoding_equals_the_uncached_loop(mode, options, heads):
+@pytest.mark.parametrize("mode, options, experts", [
+    ("full", {}, [0, 1, 2]), ("single", {"stage": 0}, [0]), ("single", {"stage": 2}, [2]),
+    ("prefix", {"prefix": 1}, [0]), ("prefix", {"prefix": 2}, [0, 1]), ("prefix", {"prefix": 3}, [0, 1, 2])])
+def test_cached_greedy_decoding_equals_the_uncached_loop(mode, options, experts):
     model = small()
     plan = make_plan(model.config, mode, **options)
-    assert list(plan.heads) == heads
+    assert list(plan.experts) == experts
     tokens = decode(Engine(model, plan), PROMPT, 40)
-    assert ids(tokens) == greedy_without_cache(model, PROMPT, 40, heads)
-    assert {(t.stage, t.depth) for t in tokens} == {(heads[-1], heads[-1] + 1)}
-    log_probs = combine(sum(model.log_probs(k, x) for k, x in enumerate(model.boundaries(torch.tensor([PROMPT + ids(tokens)]))) if k in heads), len(heads))
+    assert ids(tokens) == greedy_without_cache(model, PROMPT, 40, experts)
+    assert {(t.stage, t.depth) for t in tokens} == {(experts[-1], experts[-1] + 1)}
+    boundaries = list(model.boundaries(torch.tensor([PROMPT + ids(tokens)])))
+    log_probs = combine(sum(model.log_probs(k, boundaries[k]) for k in experts), len(experts))
     expected = log_probs[0, len(PROMPT) - 1:-1].gather(1, torch.tensor(ids(tokens))[:, None])[:, 0]
     assert torch.allclose(torch.tensor([t.log_prob for t in tokens]), expected, atol=1e-5)
 
 
 def test_a_prompt_of_bos_alone_a_full_context_and_a_long_prompt_work(monkeypatch):
     model = small()
-    assert len(decode(Engine(model, FULL), [22], 80)) == 80 and len(decode(Engine(model, FULL), [22] * 80, 1)) == 1
+    assert len(decode(Engine(model, FULL), [22], 80)) == 80
+    assert len(decode(Engine(model, FULL), [22] * 80, 1)) == 1
     long = [22, *range(20)] * 3
     whole = ids(decode(Engine(model, FULL), long, 10))
     monkeypatch.setattr(sample, "PREFILL", 7)                   # in pieces, the last of 6
-    assert ids(decode(Engine(model, FULL), long, 10)) == whole == greedy_without_cache(model, long, 10, range(3))
+    assert ids(decode(Engine(model, FULL), long, 10)) == whole
+    assert whole == greedy_without_cache(model, long, 10, range(3))
 
 
-@pytest.mark.parametrize("length, new, words", [(10, 72, "10 tokens of a context of 80: 71 are left"), (82, 1, "too long")])
+@pytest.mark.parametrize("length, new, words", [
+    (10, 72, "leaves room for 71"), (82, 1, "82 tokens leaves room for 0")])
 def test_a_context_that_would_overflow_says_what_is_left(length, new, words):
     with pytest.raises(ValueError, match=words):
         count_new_tokens(small().config, [[1], [1] * length], new)
 
 
-@pytest.mark.parametrize("longest, asked, new", [(10, None, 64), (60, None, 21), (80, None, 1), (60, 20, 20), (60, 21, 21)])
+@pytest.mark.parametrize("longest, asked, new", [
+    (10, None, 64), (60, None, 21), (80, None, 1), (60, 20, 20), (60, 21, 21)])
 def test_tokens_to_generate_are_those_asked_for_or_64_as_far_as_the_context_of_80_goes(longest, asked, new):
     assert count_new_tokens(small().config, [[1], [1] * longest], asked) == new
 
@@ -95,39 +104,70 @@ def test_tokens_to_generate_are_those_asked_for_or_64_as_far_as_the_context_of_8
 def test_speculation_writes_the_very_tokens_of_plain_decoding(sampling):
     model = small()
     plain = decode(Engine(model, FULL, sampling=sampling), PROMPT, 36)
-    accepted = []
-    for plan in [Plan(range(3), m) for m in (1, 2, 4, 8, 16)] + [Plan(range(3), 8, gate) for gate in (0.1, 1.0)]:
-        engine = Engine(model, plan, sampling=sampling)
-        tokens = decode(engine, PROMPT, 36)
-        assert ids(tokens) == ids(plain), plan
+    for draft_len in (1, 2, 4, 8, 16):
+        tokens = decode(Engine(model, Plan(range(3), draft_len), sampling=sampling), PROMPT, 36)
+        assert ids(tokens) == ids(plain), draft_len
         assert [t.log_prob for t in tokens] == [t.log_prob for t in plain]
-        accepted.append(sum(t.stage == 0 for t in tokens))
-    assert min(accepted[:5]) > 4 and max(accepted[:5]) < 36     # some drafts were right, some were not
-    assert accepted[6] < 5                                      # at gate 1.0 stage 0 is hardly ever sure
+        assert 4 < sum(t.stage == 0 for t in tokens) < 36       # some drafts were right, some were not
+
+
+class Scripted(Engine):
+    """Its drafts are plain decoding's tokens, but for those at `wrong`, counted from the prompt's end."""
+
+    def decide(self, k):
+        super().decide(k)
+        place = int(self.cursors[1]) - len(PROMPT)
+        truth = self.plain[place] if place < len(self.plain) else 0
+        self.tokens[0, place + len(PROMPT)] = (truth + 1) % 23 if place in self.wrong else truth
 
 
 @pytest.mark.parametrize("draft_len", [1, 4, 16])
 def test_right_wrong_and_once_wrong_drafters_change_nothing_but_the_number_of_cycles(draft_len):
     model = small()
     plain = ids(decode(Engine(model, FULL), PROMPT, 34))
-
-    class Scripted(Engine):
-        """Its drafts are plain decoding's tokens, but for those at `wrong`, counted from the end of the prompt."""
-        def decide(self, k):
-            super().decide(k)
-            place = int(self.cursors[1]) - len(PROMPT)
-            truth = plain[place] if place < len(plain) else 0
-            self.tokens[0, place + len(PROMPT)] = (truth + 1) % 23 if place in wrong else truth
-    for wrong, cycles in [(set(), -(-34 // (draft_len + 1))), (set(range(100)), 34), *[({i}, None) for i in range(0, 18, 4 if draft_len == 16 else 1)][:9]]:
+    all_right = -(-34 // (draft_len + 1))
+    once_wrong = range(0, 18, 4 if draft_len == 16 else 1)
+    for wrong, cycles in [(set(), all_right), (set(range(100)), 34), *[({i}, None) for i in once_wrong][:9]]:
         engine = Scripted(model, Plan(range(3), draft_len))
+        engine.plain = plain
+        engine.wrong = wrong
         engine.begin([PROMPT])
-        steps = [new for (new,), _ in generate(engine, 34)]
-        assert [t.id for new in steps for t in new][:34] == plain
-        assert cycles is None or len(steps) == cycles
+        steps = list(generate(engine, 34))
+        assert [t.id for step in steps for t in step.rows[0]][:34] == plain
+        # the bytes of a benchmark rest on the number of passes; an upper stage takes a tile at a time here
+        upper = len(steps) * -(-(draft_len + 1) // ROWS)
+        assert engine.passes == [len(steps) * (draft_len + 1), upper, upper]
+        found = sample.count(steps)
+        if cycles:
+            accepted = draft_len if not wrong else 0
+            assert found == {"cycles": cycles, "accepted": cycles * accepted,
+                             "judged": cycles * max(accepted, 1)}
 
 
-@pytest.mark.parametrize("plan", [Plan(range(3), exits=(0.4, 0.4)), Plan(range(3), exits=(0.15, math.inf), score="probability"), Plan(range(3), 5), Plan(range(3), forced_lifts=0.03)])
-def test_after_a_flush_the_state_is_a_teacher_forced_passes_and_garbage_beyond_the_cursors_is_never_read(plan):
+def test_with_two_cycles_in_flight_none_is_started_that_the_text_has_no_room_for():
+    model = small()
+    engine = Scripted(model, Plan(range(3), draft_len=4))
+    engine.plain = ids(decode(Engine(model, FULL), PROMPT, 45))
+    engine.wrong = set()
+    engine.in_flight = 2                                        # as with CUDA graphs
+    assert ids(decode(engine, PROMPT, 40)) == engine.plain[:40] and engine.passes == [40, 8, 8]
+
+
+@torch.no_grad()
+def read_along(engine, prompt, ids):
+    """Run every stage of an engine over a text that is there already, position by position."""
+    engine.begin([prompt])
+    engine.tokens[0, len(prompt):len(prompt) + len(ids)] = torch.tensor(ids, device=engine.tokens.device)
+    for _ in ids:
+        for k in range(engine.last + 1):
+            engine.run_stage(k)
+        engine.cursors[0] += 1
+
+
+@pytest.mark.parametrize("plan", [Plan(range(3), exits=(0.4, 0.4)), Plan(range(3), 5),
+                                  Plan(range(3), exits=(0.04, math.inf)),
+                                  Plan(range(3), exits=(0.15, math.inf), score="probability")])
+def test_stages_that_caught_up_hold_a_teacher_forced_passes_state_and_garbage_is_never_read(plan):
     model = small()
     engine, teacher = Engine(model, plan), Engine(model, FULL)
     engine.begin([PROMPT])
@@ -135,17 +175,22 @@ def test_after_a_flush_the_state_is_a_teacher_forced_passes_and_garbage_beyond_t
         state[:, :, len(PROMPT) - 1:] = 1e4
     engine.stream.fill_(-1e4)
     engine.sums.fill_(1e4)
-    tokens = [token for (new,), _ in generate(engine, 70) for token in new]
-    teacher.choices(PROMPT, ids(tokens))
-    engine.flush()
+    tokens = [token for step in generate(engine, 70) for token in step.rows[0]]
+    read_along(teacher, PROMPT, ids(tokens))
     n = int(engine.cursors[1])
+    for k in (1, 2):
+        waiting = n - int(engine.cursors[k + 1])
+        if waiting:
+            engine.start_lift(k, waiting, decides=False)
     assert engine.cursors[1:, 0].tolist() == [n] * 3 and n >= len(PROMPT) + 60
-    for ours, theirs in ((engine.cache.keys, teacher.cache.keys), (engine.cache.values, teacher.cache.values)):
+    for ours, theirs in ((engine.cache.keys, teacher.cache.keys),
+                         (engine.cache.values, teacher.cache.values)):
         assert torch.equal(ours[:, :, :n], theirs[:, :, :n])
-    if plan.adaptive:
+    if plan.exits:
         depths = [t.depth for t in tokens]
         longest = max(map(len, "".join(map(str, depths)).replace("2", "3").split("3")))
-        assert 3 in depths and 1 in depths and (plan.forced_lifts is None or longest > ROWS)            # more waited than one pass takes
+        # more waited than one pass takes
+        assert 3 in depths and 1 in depths and (plan.exits[0] != 0.04 or longest > ROWS)
     with torch.no_grad():
         cache = sample.KVCache(model.config, 1, 80, "cpu", torch.float32)
         cache.place(torch.arange(n)[None], n)
@@ -155,19 +200,12 @@ def test_after_a_flush_the_state_is_a_teacher_forced_passes_and_garbage_beyond_t
     assert torch.allclose(engine.cache.keys[:, :, :n], cache.keys[:, :, :n], atol=1e-4)
 
 
-@pytest.mark.parametrize("plan, passes", [(FULL, [10, 10, 10]), (Plan(range(1)), [10]), (Plan(range(3), draft_len=4, forced_acceptance=1.0), [10, 2, 2]),
-                                          (Plan(range(3), draft_len=1, forced_acceptance=0.0), [20, 10, 10]),
-                                          (Plan(range(3), forced_lifts=0.0), [10, 0, 0]), (Plan(range(3), forced_lifts=1.0), [10, 10, 10])])
-def test_passes_are_counted_and_forced_shares_are_taken(plan, passes):
-    """Ten tokens: the bytes of a benchmark rest on these counts, and its forced rows on these shares."""
+@pytest.mark.parametrize("plan, passes", [
+    (FULL, [10, 10, 10]), (Plan(range(1)), [10]), (Plan(range(3), exits=(0.0, 0.0)), [10, 0, 0]),
+    (Plan(range(3), exits=(math.inf, math.inf)), [10, 10, 10])])
+def test_passes_of_ten_tokens_are_counted(plan, passes):
     engine = Engine(small(), plan)
-    assert len(decode(engine, PROMPT, 10)) == 10 and list(engine.passes) == passes
-
-
-def test_with_two_cycles_in_flight_none_is_started_that_the_text_has_no_room_for():
-    engine = Engine(small(), Plan(range(3), draft_len=4, forced_acceptance=1.0))
-    engine.in_flight = 2                                        # as with CUDA graphs
-    assert len(decode(engine, PROMPT, 40)) == 40 and list(engine.passes) == [40, 8, 8]
+    assert len(decode(engine, PROMPT, 10)) == 10 and engine.passes == passes
 
 
 def test_wand_stays_where_the_margin_is_the_bound_exactly():
@@ -178,16 +216,12 @@ def test_wand_stays_where_the_margin_is_the_bound_exactly():
         assert (margin >= threshold).tolist() == [False, True]
 
 
-def test_forced_shares_are_exact_in_every_200_positions():
-    low = sample.chances(600, torch.device("cpu")).view(3, 200) < 0.25
-    assert low.sum(dim=1).tolist() == [50, 50, 50] and not torch.equal(low[0], low[1])
-
-
 def test_early_exit_leaves_where_its_rule_says_and_says_what_that_prefix_says():
     model = small()
     plan = Plan(range(3), exits=(0.5, 0.3))
     tokens = decode(Engine(model, plan), PROMPT, 60)
-    stages = [model.log_probs(k, x)[0] for k, x in enumerate(model.boundaries(torch.tensor([PROMPT + ids(tokens)])))]
+    boundaries = model.boundaries(torch.tensor([PROMPT + ids(tokens)]))
+    stages = [model.log_probs(k, x)[0] for k, x in enumerate(boundaries)]
     for i, token in enumerate(tokens):
         for k in range(3):
             score = sum(stages[:k + 1])[len(PROMPT) - 1 + i] / (k + 1)
@@ -196,8 +230,6 @@ def test_early_exit_leaves_where_its_rule_says_and_says_what_that_prefix_says():
                 break
         assert (token.depth, token.id) == (k + 1, int(score.argmax()))
     assert len({t.depth for t in tokens}) == 3
-    choices = Engine(model, FULL).choices(PROMPT, ids(tokens))
-    assert choices == sum(stages)[len(PROMPT) - 1:-1].argmax(dim=-1).tolist()
 
 
 def test_ragged_rows_are_what_they_are_alone():
@@ -206,11 +238,12 @@ def test_ragged_rows_are_what_they_are_alone():
     for plan in (FULL, Plan(range(2)), Plan(range(1, 2))):
         engine = Engine(model, plan, 4, Sampling(0.8, seed=3))
         engine.begin(prompts, [5, 6, 7, 8])
-        rows = [[token.id for token in row] for row in zip(*[[r[0] for r in new] for new, _ in generate(engine, 30)])]
+        steps = list(generate(engine, 30))
+        rows = [[step.rows[row][0].id for step in steps] for row in range(4)]
         for prompt, number, row in zip(prompts, (5, 6, 7, 8), rows):
             alone = Engine(model, plan, 1, Sampling(0.8, seed=3))
             alone.begin([prompt], [number])
-            assert row == [t.id for (new,), _ in generate(alone, 30) for t in new]
+            assert row == [t.id for step in generate(alone, 30) for t in step.rows[0]]
 
 
 def test_the_same_seed_gives_the_same_rows_whatever_is_generated_beside_them():
@@ -218,43 +251,54 @@ def test_the_same_seed_gives_the_same_rows_whatever_is_generated_beside_them():
     model = make(torch.float64, vocab_size=300, sequence_len=30).freeze_for_inference()
 
     def rows(n, seed, plan=FULL):
-        return [s["token_ids"] for s in complete(model, tokenizer, ["ab"], 11, plan, Sampling(1.5, seed=seed), n_samples=n)]
+        samples = complete(model, tokenizer, ["ab"], 11, plan, Sampling(1.5, seed=seed), n_samples=n)
+        return [s["token_ids"] for s in samples]
     twenty = rows(20, seed=7)                                   # a group of ROWS and one of four
-    assert twenty[:2] == rows(2, seed=7) == rows(2, 7, Plan(range(3), draft_len=3)) and twenty[:1] == rows(1, seed=7) and len(twenty) == 20 > ROWS
-    assert twenty[0] != twenty[1] and twenty != rows(20, seed=8) and twenty != rows(20, seed=7 + 2 ** 32)      # the seed's upper half counts too
+    assert len(twenty) == 20 > ROWS and twenty[0] != twenty[1]
+    assert twenty[:2] == rows(2, seed=7) == rows(2, 7, Plan(range(3), draft_len=3))
+    assert twenty[:1] == rows(1, seed=7)
+    # the seed's upper half counts too
+    assert twenty != rows(20, seed=8) and twenty != rows(20, seed=7 + 2 ** 32)
 
 
 KERNELS = """
 import torch, triton.language as tl
-import sample
-from sample import Engine, Plan, StageKernels
+import kernels
+from sample import WIDEST, Engine, Plan
 from test_model import make
-sample.gdc_wait = sample.gdc_launch_dependents = lambda: None
+kernels.gdc_wait = kernels.gdc_launch_dependents = lambda: None
 tl.inline_asm_elementwise = lambda *args, **kwargs: None
 torch.set_num_threads(1)
 shape = dict(sequence_len=60, n_layer=3, n_head=2, n_kv_head=1, mlp_hidden=256, stage_layers=(2, 1))
 small = make(torch.float32, vocab_size=70, n_embd=64, **shape).freeze_for_inference()
-narrow_head = make(torch.float32, vocab_size=300, n_embd=256, **shape).freeze_for_inference()            # its blocks are of 16 columns
-for model, prompts, draft_len in ((small, [[69, *range(31)]], 2), (small, [[69, 5, 6], [69, *range(35)], [69]], 0), (small, [[69, 1]], 17),
-                                  (narrow_head, [[69], [5]], 0)):
+# its blocks are of 16 columns
+narrow_head = make(torch.float32, vocab_size=300, n_embd=256, **shape).freeze_for_inference()
+for model, prompts, draft_len in (
+        (small, [[69, *range(31)]], 2), (small, [[69, 5, 6], [69, *range(35)], [69]], 0),
+        (small, [[69, 1]], 17), (narrow_head, [[69], [5]], 0)):
     plan = Plan(range(2), draft_len=draft_len)
-    slow, fast = (Engine(model, plan, len(prompts)) for _ in range(2))
-    kernels = StageKernels(model, fast)
+    slow, fast = (Engine(model, plan, len(prompts), fast=fast) for fast in (False, True))
     for engine in (slow, fast):
         engine.begin(prompts)
-    for engine in (slow, fast) if draft_len > 16 else ():                   # more than a tile will wait; the interpreter is slow
+    if draft_len > 16:
+        # more than a tile will wait; the interpreter is slow, so the plain twin drafts for both
         for _ in range(draft_len):
-            engine.draft()
-        engine.stage(0)
-    fast.kernels = kernels
+            slow.draft()
+        slow.run_stage(0)
+        for state in ("tokens", "cursors", "stream", "sums"):
+            getattr(fast, state).copy_(getattr(slow, state))
+        for ours, theirs in ((fast.cache.keys, slow.cache.keys), (fast.cache.values, slow.cache.values)):
+            ours.copy_(theirs)
     for engine in (slow, fast):
         (engine.verify if draft_len > 16 else engine.cycle)(draft_len + 1)
     n = slow.cursors[1:].min()
     assert torch.equal(slow.cursors, fast.cursors) and torch.equal(slow.tokens, fast.tokens)
-    for a, b in ((slow.report, fast.report), (slow.cache.keys[:, :, :n], fast.cache.keys[:, :, :n]), (slow.cache.values[:, :, :n], fast.cache.values[:, :, :n]),
+    for a, b in ((slow.outcome, fast.outcome), (slow.cache.keys[:, :, :n], fast.cache.keys[:, :, :n]),
+                 (slow.cache.values[:, :, :n], fast.cache.values[:, :, :n]),
                  (slow.stream[:, :, n - 1:n], fast.stream[:, :, n - 1:n])):
         assert torch.allclose(a, b, atol=1e-3), (a - b).abs().max()
-    a, b = (engine.sums if len(prompts) > 1 else engine.sums[(n - 1) % sample.SLOTS] for engine in (slow, fast))       # nats, of rare tokens too
+    # nats, of rare tokens too
+    a, b = (engine.sums if len(prompts) > 1 else engine.sums[(n - 1) % WIDEST] for engine in (slow, fast))
     assert torch.allclose(a, b, atol=2e-3), (a - b).abs().max()
     print(slow.cursors[0].tolist())
 """
@@ -262,12 +306,16 @@ for model, prompts, draft_len in ((small, [[69, *range(31)]], 2), (small, [[69, 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted(request):
-    """KERNELS in Triton's interpreter, which is slow: a process beside this file's other tests, the last of which looks at it."""
-    if all(item.function is not test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter for item in request.session.items):
+    """KERNELS in Triton's interpreter, which is slow: a process beside this file's other tests, the last of
+    which looks at it.
+    """
+    if all(item.function is not test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter
+           for item in request.session.items):
         yield None
         return
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    with subprocess.Popen([sys.executable, "-c", KERNELS], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", KERNELS], env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
 
@@ -277,7 +325,7 @@ def test_frequencies_of_sampled_tokens_match_softmax():
     log_probs = torch.log_softmax(torch.tensor([[0.5, -1.0, 2.0, 0.0, 1.0, -2.0, 0.3]]) , dim=-1)
     n, T = 20_000, 0.7
     positions, rows = torch.arange(n) % 500, torch.arange(n) // 500
-    tokens = draw(log_probs.expand(n, -1), T, 0, 1.0, 3, rows, positions)
+    tokens = sample_token(log_probs.expand(n, -1), Sampling(T, seed=3), rows, positions)
     expected = n * torch.softmax(log_probs[0] / T, dim=-1)
     chi_square = ((torch.bincount(tokens, minlength=7) - expected) ** 2 / expected).sum().item()
     assert chi_square < 33.1, chi_square
@@ -286,16 +334,19 @@ def test_frequencies_of_sampled_tokens_match_softmax():
 def test_noise_is_standard_gumbel_and_uncorrelated_between_neighbours():
     positions = torch.arange(2000)
     noise = gumbel_noise(1, torch.zeros(2000, dtype=torch.int64), positions, 50)
-    assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - math.pi ** 2 / 6) < 0.05     # 100,000 draws: 5 and 6 standard errors
-    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise, gumbel_noise(1, torch.ones(2000, dtype=torch.int64), positions, 50))):
+    # 100,000 draws: 5 and 6 standard errors
+    assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - math.pi ** 2 / 6) < 0.05
+    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]),
+                 (noise, gumbel_noise(1, torch.ones(2000, dtype=torch.int64), positions, 50))):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.015
 
 
 def sampled_set(**filters):
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    n = 2000                                                    # a kept token of p = 0.1 stays unseen with probability 0.9^2000 = 10^-92
-    draws = draw(p.log().expand(n, -1), 1.0, filters.get("top_k", 0), filters.get("top_p", 1.0), 0, torch.zeros(n, dtype=torch.int64), torch.arange(n))
-    return set(draws.tolist())
+    # a kept token of p = 0.1 stays unseen with probability 0.9^2000 = 10^-92
+    n = 2000
+    rows = torch.zeros(n, dtype=torch.int64)
+    return set(sample_token(p.log().expand(n, -1), Sampling(1.0, **filters), rows, torch.arange(n)).tolist())
 
 
 def test_filters_keep_the_tokens_worked_out_by_hand():
@@ -305,26 +356,33 @@ def test_filters_keep_the_tokens_worked_out_by_hand():
     assert sampled_set(top_p=0.5) == {0, 1}                     # 0.4 is not enough, 0.7 is
     assert sampled_set(top_p=0.35) == {0}
     assert sampled_set(top_k=3, top_p=0.8) == {0, 1, 2}         # of 4/9, 3/9, 2/9: 7/9 is not yet 0.8
-    assert draw(torch.tensor([[0.1, 0.7, 0.2]]).log(), 1e-45, 0, 1.0, 0, ROW, ROW).tolist() == [1]      # as cold as float32 goes
+    cold = Sampling(1e-45)                                      # as cold as float32 goes
+    assert sample_token(torch.tensor([[0.1, 0.7, 0.2]]).log(), cold, ROW, ROW).tolist() == [1]
 
 
 def test_completion_stops_at_bos_and_holds_back_half_a_character(monkeypatch):
     tokenizer = Tokenizer.load(vocab_size=300)
     e_acute = [tokenizer.ranks.index(bytes([b])) for b in "é".encode()]
-    script = [[65, 66], [e_acute[0], 66], [e_acute[1], tokenizer.bos], [tokenizer.bos, 66], [67, 67]]     # time x row
-    monkeypatch.setattr(sample, "generate", lambda *a: iter([([[sample.Token(i, -1.0, 2, 3)] for i in ids], 0) for ids in script]))     # known tokens
+    # time x row
+    script = [[65, 66], [e_acute[0], 66], [e_acute[1], tokenizer.bos], [tokenizer.bos, 66], [67, 67]]
+    steps = [sample.Step([[sample.Token(i, -1.0, 2, 3)] for i in ids], 0, 0) for ids in script]
+    monkeypatch.setattr(sample, "generate", lambda *a: iter(steps))
     streamed = []
-    out = list(complete(make(vocab_size=300), tokenizer, ["x"], 5, FULL, n_samples=2, on_text=streamed.append))
+    out = list(complete(make(vocab_size=300), tokenizer, ["x"], 5, FULL, n_samples=2,
+                        on_text=streamed.append))
     a = tokenizer.decode([65])
-    assert out[0] == {"prompt": "x", "completion": a + "é", "token_ids": [65, *e_acute], "log_probs": [-1.0] * 3, "stages": [2] * 3, "depths": [3] * 3, "stopped": "bos"}
+    assert out[0] == {"prompt": "x", "completion": a + "é", "token_ids": [65, *e_acute],
+                      "log_probs": [-1.0] * 3, "stages": [2] * 3, "depths": [3] * 3, "stopped": "bos"}
     assert out[1]["token_ids"] == [66, 66] and out[1]["stopped"] == "bos"
     assert "".join(streamed) == "x" + a + "é" and "\ufffd" not in "".join(streamed)
 
 
 def test_the_script_prints_one_json_object_per_sample(trained, capsys):
-    sample.main([str(trained), "--prompt", "<|bos|> a", "--max-new-tokens", "4", "--num-samples", "2", "--json", "--dtype", "float64"])
+    sample.main([str(trained), "--prompt", "<|bos|> a", "--max-new-tokens", "4", "--num-samples", "2",
+                 "--json", "--dtype", "float64"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 2 and all(line["prompt"] == "<|bos|> a" and len(line["token_ids"]) <= 4 for line in lines)
+    assert len(lines) == 2
+    assert all(line["prompt"] == "<|bos|> a" and len(line["token_ids"]) <= 4 for line in lines)
     tokenizer = Tokenizer.load(trained / "step-00006")
     assert all(tokenizer.decode(line["token_ids"]) == line["completion"] for line in lines)
     assert tokenizer.bos not in tokenizer.encode("<|bos|> a")[1:]
@@ -342,21 +400,32 @@ def test_modes_read_what_calibration_wrote_and_say_what_is_missing(trained, tmp_
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     step = checkpoint_steps(run)[-1]
-    for argv, words in ((["--mode", "wand"], [BOUNDS_KEY, "2 numbers", "evaluate.py"]), (["--mode", "wand", "--wand-margin"], ["wand.margin.thresholds", "metrics.json"]),
-                        (["--mode", "routing"], ["--routing-threshold", "metrics.json"])):
+    for argv in (["--mode", "wand"], ["--mode", "wand", "--wand-margin"], ["--mode", "routing"]):
         line = refused(sample.main, step, *argv)
-        assert all(word in line for word in words), line
+        assert all(word in line for word in (BOUNDS_KEY, "metrics.json", "python evaluate.py RUN")), line
     record = json.loads((step / "config.json").read_text())
     (step / "config.json").write_text(json.dumps(record | {BOUNDS_KEY: [0.004, 0.002]}))
-    (step / "metrics.json").write_text(json.dumps({"wand": {"margin": {"thresholds": [0.001, None]}}, "routing": {"threshold": 0.0035}}))
-    for argv in (["--mode", "wand"], ["--mode", "wand", "--wand-margin"], ["--mode", "routing"], ["--mode", "routing", "--routing-threshold", "1"]):
-        sample.main([str(step), "--prompt", "a", "--max-new-tokens", "14", "--temperature", "0", "--json", *argv])
+    (step / "metrics.json").write_text(json.dumps({"wand": {"margin": {"thresholds": [0.001, None]}},
+                                                   "routing": {"threshold": 0.0035}}))
+    for argv in (["--mode", "wand"], ["--mode", "wand", "--wand-margin"], ["--mode", "routing"],
+                 ["--mode", "routing", "--routing-threshold", "1"]):
+        sample.main([str(step), "--prompt", "a", "--max-new-tokens", "14", "--temperature", "0", "--json",
+                     *argv])
         out = json.loads(capsys.readouterr().out)
         assert len(out["token_ids"]) == len(out["log_probs"]) == len(out["stages"]) == len(out["depths"])
-        assert all(s == d - 1 for s, d in zip(out["stages"], out["depths"])) and (argv[-1] != "1" or set(out["depths"]) == {3})
+        assert all(s == d - 1 for s, d in zip(out["stages"], out["depths"]))
+        assert argv[-1] != "1" or set(out["depths"]) == {3}
     plan = make_plan(make().config, "wand", bounds=[3.0, 2.0])
-    assert 5.0 < plan.exits[0] < 5.00001 and 2.0 < plan.exits[1] < 2.00001                      # strictly more than the bounds that remain
-    assert make_plan(make().config, "wand", wand_margin=True, metrics={"wand": {"margin": {"thresholds": [1.5, None]}}}).exits == (1.5, math.inf)
+    # strictly more than the bounds that remain
+    assert 5.0 < plan.exits[0] < 5.00001 and 2.0 < plan.exits[1] < 2.00001
+    assert make_plan(make().config, "wand", wand_margin=True,
+                     metrics={"wand": {"margin": {"thresholds": [1.5, None]}}}).exits == (1.5, math.inf)
+
+
+@pytest.mark.parametrize("mode", ["wand", "routing", "speculative"])
+def test_a_checkpoint_of_one_stage_refuses_modes_of_several(mode):
+    with pytest.raises(ValueError, match="this checkpoint has one: use --mode full"):
+        make_plan(make(objective="bp", stage_layers=(5,)).config, mode)
 
 
 def test_prompts_come_from_a_file_or_standard_input(trained, tmp_path, refused, capsys):
@@ -365,60 +434,55 @@ def test_prompts_come_from_a_file_or_standard_input(trained, tmp_path, refused, 
     argv = [str(trained), "--max-new-tokens", "3", "--temperature", "0", "--json", "--mode", "speculative"]
     sample.main([*argv, "--prompt-file", str(file)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["prompt"] for line in lines] == ["the", "a b"] and all(line["judged"] >= line["accepted"] for line in lines)
+    assert [line["prompt"] for line in lines] == ["the", "a b"]
+    assert all(line["judged"] >= line["accepted"] for line in lines)
     file.write_bytes(b"a\xffb")
-    assert "not UTF-8: byte 1 is 0xff" in refused(sample.main, *argv, "--prompt-file", file)
+    assert "0xff in position 1" in refused(sample.main, *argv, "--prompt-file", file)
     file.write_bytes(b"")
     assert "empty" in refused(sample.main, *argv, "--prompt-file", file)
     assert "No such file" in refused(sample.main, *argv, "--prompt-file", tmp_path / "none")
     assert "exclude each other" in refused(sample.main, *argv, "--prompt-file", file, "--prompt", "x")
 
 
-def test_the_benchmark_prints_every_mode_and_one_json_line_last(trained, capsys):
-    sample.main([str(trained), "--bench", "--bench-repeats", "1", "--max-new-tokens", "3", "--prompt", "a", "--dtype", "float64"])
-    *_, last = out = capsys.readouterr().out.splitlines()
-    rows = {row["name"]: row for row in json.loads(last)["modes"]}
-    assert {"full", "s0 alone", "prefix 2", "speculative 4", "speculative 16, gate 0.3", "curve: margin 1"} <= rows.keys()
-    assert all(row["identical"] and row["agreement"] == 1.0 for name, row in rows.items() if name.startswith(("full", "speculative")))
-    model = load_checkpoint(trained / "step-00006", dtype=torch.float64)[0].freeze_for_inference()
-    prompt = len(Tokenizer.load(trained / "step-00006").encode("a"))
-    for name, n in (("s0 alone", 1), ("prefix 2", 2), ("full", 3)):        # three passes for three tokens: weights, and the cache at half the text
-        cached = 8 * 2 * model.config.n_kv_head * model.config.head_dim * sum(model.config.stage_layers[:n]) * (prompt + 1.5)
-        assert rows[name]["bytes_per_token"] == pytest.approx(stage_bytes(model)[n - 1] + cached)
-    assert sum(line.startswith("| ") for line in out) == len(rows) + 2 and rows["full"]["speedup"] == 1.0
-
-
 @pytest.mark.parametrize("argv, words", [
-    (["--mode", "single"], ["--stage", "0 to 2"]), (["--mode", "single", "--stage", "3"], ["3", "0 to 2"]), (["--mode", "prefix", "--prefix", "0"], ["1 to 3"]),
-    (["--mode", "prefix", "--prefix", "4"], ["4", "1 to 3"]), (["--stage", "1"], ["--stage 1", "--mode single"]), (["--temperature", "-1"], ["temperature -1"]), (["--temperature", "nan"], ["temperature nan"]),
-    (["--top-p", "0"], ["top-p 0"]), (["--top-k", "-2"], ["top-k -2"]), (["--num-samples", "0"], ["num-samples 0"]), (["--max-new-tokens", "0"], ["max-new-tokens 0"]),
-    (["--prompt", "a b c d e f g h i j k l m n o p q r"], ["context of 16", "too long"]), (["--mode", "turbo"], ["turbo", "full"]), (["--device", "abacus"], ["abacus"]),
-    (["--mode", "speculative", "--draft-len", "0"], ["--draft-len 0", "1 to 31"]), (["--mode", "speculative", "--draft-len", "32"], ["--draft-len 32"]),
-    (["--draft-len", "8"], ["--draft-len 8", "--mode speculative"]), (["--draft-gate", "2"], ["draft-gate 2"]), (["--draft-gate", "0.5"], ["--draft-gate 0.5", "--mode speculative"]), (["--wand-margin"], ["--wand-margin", "--mode wand"]), (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]), (["--compile"], ["CUDA"]),
-    (["--bench", "--stage", "2"], ["--stage", "--bench"]), (["--bench", "--json"], ["--json"]), (["--bench-repeats", "2"], ["goes with --bench"]),
-    (["--bench", "--draft-len", "100"], ["--draft-len 100"]), (["--prompt-file", ""], ["--prompt-file ''"]), (["--seed", str(2 ** 63)], ["--seed"]),
-    (["--bench", "--max-new-tokens", "40"], ["context of 16"]), (["--device", "cuda:99999999999999999999"], ["cuda:99999999999999999999"]),
-    (["--preset", "3b"], ["--preset 3b", "--bench"]), (["--bench", "--preset", "tiny"], ["not both"]), (["--forced-lifts", "0.1"], ["--bench"])])
+    (["--mode", "single"], ["--stage", "0 to 2"]),
+    (["--mode", "single", "--stage", "3"], ["3", "0 to 2"]),
+    (["--mode", "prefix", "--prefix", "0"], ["1 to 3"]),
+    (["--stage", "0"], ["--stage 0", "--mode single"]),
+    (["--draft-len", "8"], ["--draft-len 8", "--mode speculative"]),
+    (["--wand-margin"], ["--wand-margin", "--mode wand"]),
+    (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]),
+    (["--mode", "speculative", "--draft-len", "0"], ["--draft-len 0", "1 to 31"]),
+    (["--mode", "speculative", "--draft-len", "32"], ["--draft-len 32"]),
+    (["--mode", "turbo"], ["turbo", "full"]),
+    (["--temperature", "nan"], ["temperature nan"]),
+    (["--top-p", "0"], ["top-p 0"]),
+    (["--top-k", "-2"], ["top-k -2"]),
+    (["--num-samples", "0"], ["num-samples 0"]),
+    (["--max-new-tokens", "0"], ["max-new-tokens 0"]),
+    (["--seed", str(2 ** 63)], ["--seed"]),
+    (["--prompt", "a b c d e f g h i j k l m n o p q r"], ["context of 16", "room for 0"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["--compile"], ["CUDA"]),
+    (["--prompt-file", ""], ["''"])])
 def test_bad_input_gets_one_line(argv, words, trained, refused):
     line = refused(sample.main, trained, *argv)
     assert all(word in line for word in words), line
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_is_printed(trained, capsys):
-    with pytest.raises(ValueError, match="too long"):
+    with pytest.raises(ValueError, match="leaves room"):
         sample.main([str(trained), "--prompt", "a b c d e f g h i j k l m n o p q r"])
     assert capsys.readouterr().out == ""
 
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path, refused):
     assert "no checkpoint at" in refused(sample.main, tmp_path / "nowhere")
-    assert "holds no step-XXXXX" in refused(sample.main, tmp_path)
-    (tmp_path / "step-00001").mkdir()
-    assert "no manifest.json" in refused(sample.main, tmp_path)
 
 
 def test_a_closed_pipe_ends_quietly(trained):
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", trained, "--num-samples", "3", "--max-new-tokens", "3"],
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", trained, "--num-samples", "3",
+                                "--max-new-tokens", "3"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=30) == 0
@@ -434,3 +498,8 @@ def test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter(interpr
     output, errors = interpreted.communicate()
     assert interpreted.returncode == 0, errors[-2000:]
     assert len(output.splitlines()) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py of the same process imports it")
+def test_training_ranks_which_import_sample_do_not_import_triton():
+    assert "kernels" not in sys.modules
