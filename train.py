@@ -33,14 +33,15 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+# before torch: it sets how OpenMP's threads wait
+from common import (DeviceFlags, Ranks, SharedError, choose_device, discard_stdout, flag, lock, parse_flags,
+                    run, spelled)
+
 import torch
 from torch.nn.utils import get_total_norm
 
 from checkpoint import (RunLog, checkpoint_steps, drop_optimizer_state, newest_whole, place_seed, read_json,
                         restore, save_checkpoint, verify_checkpoint, write_json)
-from common import (DeviceFlags, Ranks, SharedError, choose_device, discard_stdout, flag, lock, parse_flags,
-                    run,
-                    spelled)
 from dataloader import Loader, Tokenizer, open_data, validation_windows
 from evaluate import score, slice_text, summarize
 from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends,
