@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 # before torch: it sets how OpenMP's threads wait
-from common import DeviceFlags, choose_device, flag, parse_command, run, spelled
+from common import DeviceFlags, choose_device, flag, parse_command, run
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +44,7 @@ from train import RECIPES, optimizer_groups
 @dataclass(frozen=True)
 class Bench(DeviceFlags):
     """Flags of both commands."""
-    bench_repeats: int = flag(5, "timed rounds")
-
-    def __post_init__(self):
-        for name in ("bench_repeats", "max_new_tokens", "device_batch_size", "total_batch_tokens"):
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise ValueError(f"{spelled(name)} {value} must be at least 1")
+    bench_repeats: int = flag(5, "timed rounds", low=1)
 
 
 def fill_zeros(model):
@@ -116,12 +110,12 @@ class TrainBench(Bench):
     preset: str = flag("3b", "shape of the model", choices=tuple(PRESETS))
     variants: str = flag("poe,bp,naive", "which of poe, bp, naive and nanochat, in this order; poe:8 takes "
                          "micro-batches of 8 sequences, nanochat the checkout in $NANOCHAT_DIR")
-    total_batch_tokens: int = flag(65536, "tokens of an optimizer step")
-    device_batch_size: int = flag(4, "sequences in a forward and backward pass")
+    total_batch_tokens: int = flag(65536, "tokens of an optimizer step", low=1)
+    device_batch_size: int = flag(4, "sequences in a forward and backward pass", low=1)
     compile: bool = flag(None, "compile (default: on cuda)")
 
     def __post_init__(self):
-        super().__post_init__()
+        # raises where one is wrong
         self.labels()
 
     def labels(self):
@@ -346,8 +340,10 @@ WAITING = 20
 @dataclass(frozen=True)
 class DecodeBench(Bench):
     preset: str = flag(None, "instead of a checkpoint: random weights in this shape", choices=tuple(PRESETS))
-    max_new_tokens: int = flag(None, "tokens after each prompt (default: 256, as far as the context goes)")
-    acceptance: float = flag(0.985, "share of drafts accepted, for tokens/s by the time of a cycle")
+    max_new_tokens: int = flag(None, "tokens after each prompt (default: 256, as far as the context "
+                                     "goes)", low=1)
+    acceptance: float = flag(0.985, "share of drafts accepted, for tokens/s by the time of a "
+                                    "cycle", low=0, high=1)
 
 
 def mode_plans(model_config, checkpoint, record):

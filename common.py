@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import math
 import os
 import re
 import sys
@@ -30,7 +31,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Flags
 
 def flag(default, help, **more):
-    """A dataclass field that is also a flag. default None: the help says where the value comes from."""
+    """A dataclass field that is also a flag. default None: the help says where the value comes from.
+
+    more: choices, a tuple; low and high, the bounds of a number; path=True where it names a file or folder.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -57,9 +61,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if _rank() == 0 else None)
 
 
+def _converter(kind, path=False, low=-math.inf, high=math.inf, **_):
+    """What makes a value of a flag's text, by the flag's type and metadata."""
+    def convert(text):
+        # as of a shell's unset variable
+        if path and not text:
+            raise argparse.ArgumentTypeError("an empty path; name a file or folder, or leave the flag out")
+        value = kind(text)
+        if kind is not str and not low <= value <= high:
+            bounds = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+    # argparse names it where `kind` refuses the text
+    convert.__name__ = kind.__name__
+    return convert
+
+
 def _add_flags(parser, cls, positionals):
     for name, nargs, help in positionals:
-        parser.add_argument(name, nargs=nargs, help=help)
+        parser.add_argument(name, nargs=nargs, help=help, type=_converter(str, path=True))
     for field in dataclasses.fields(cls):
         help = field.metadata["help"]
         if field.default is not None:
@@ -67,7 +87,7 @@ def _add_flags(parser, cls, positionals):
         if field.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         else:
-            kind = dict(type=field.type, choices=field.metadata.get("choices"))
+            kind = dict(type=_converter(field.type, **field.metadata), choices=field.metadata.get("choices"))
         help = help.replace("%", "%%")
         parser.add_argument(spelled(field.name), default=argparse.SUPPRESS, help=help, **kind)
 

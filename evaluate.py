@@ -592,6 +592,9 @@ def open_slice(file, config):
     if data.tokenizer.sha256 != record["tokenizer"]["sha256"]:
         raise ValueError(f"{folder or 'the embedded sample'} was tokenised with another tokenizer than "
                          f"{file.parent}; use --data with its own")
+    if config.data is None and data.sha256 != record["phases"][-1]["mix_sha256"]:
+        raise ValueError(f"{folder or 'the embedded sample'} is not the data that {file.parent} was trained "
+                         f"on, whose held-out text it may not hold; name other data on purpose with --data")
     mix = data.val(record["model"]["sequence_len"])
     split_tokens = config.split_tokens or min(SPLIT_TOKENS, mix.n_in_first_epoch() * mix.T)
     n_windows = validation_windows(mix, split_tokens, "--split-tokens")
@@ -663,25 +666,22 @@ def evaluate_checkpoint(step, text_slice, config, device, dtype, ranks):
 
 @dataclass(frozen=True)
 class EvalConfig(DeviceFlags):
-    data: str = flag(None, "folder of token shards with validation shards (default: the checkpoint's own)")
-    split_tokens: int = flag(0, f"tokens of the slice (0: {SPLIT_TOKENS:,}, or all where there are fewer)")
+    data: str = flag(None, "folder of token shards with validation shards (default: the checkpoint's "
+                           "own)", path=True)
+    split_tokens: int = flag(0, f"tokens of the slice (0: {SPLIT_TOKENS:,}, or all where there are "
+                                f"fewer)", low=0)
     wand_tokens: int = flag(0, "tokens at the beginning of the slice that calibrate bounds and thresholds "
-                               "(0: an eighth of the slice)")
+                               "(0: an eighth of the slice)", low=0)
     routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the "
-                                    "target")
+                                    "target", low=0)
     samples: bool = flag(True, "generate text too: the sample-mode probe (7 prompts, 60 greedy tokens) and "
                                "speculative decoding")
     speculative_prompts: int = flag(None, f"documents whose continuation measures speculative decoding "
-                                          f"(default: {SPECULATIVE_PROMPTS}; 0: not measured)")
-    device_batch_size: int = flag(8, "sequences in a forward pass")
+                                          f"(default: {SPECULATIVE_PROMPTS}; 0: not measured)", low=0)
+    device_batch_size: int = flag(8, "sequences in a forward pass", low=1)
     compile: bool = flag(None, "compile the blocks too (default on cuda: the vocabulary's statistics alone; "
                                "--no-compile: nothing)")
     json: bool = flag(False, "print JSON instead of tables: one object per checkpoint, one per trajectory")
-
-    def __post_init__(self):
-        if self.device_batch_size < 1 or not 0 <= self.routing_cap < math.inf:
-            raise ValueError(f"--device-batch-size {self.device_batch_size} must be at least 1 and "
-                             f"--routing-cap {self.routing_cap} a number from 0 on")
 
 
 def print_report(paths, runs, steps, as_json):

@@ -68,9 +68,6 @@ class ModelConfig:
     def __post_init__(self):
         # a checkpoint's JSON has a list
         object.__setattr__(self, "stage_layers", tuple(self.stage_layers))
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if min(self.stage_layers, default=0) < 1 or sum(self.stage_layers) != self.n_layer:
             raise ValueError(f"stage_layers {self.stage_layers} must be positive and sum to n_layer = "
                              f"{self.n_layer}")

@@ -663,33 +663,30 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
 @dataclass(frozen=True)
 class SampleConfig(DeviceFlags):
     prompt: str = flag("", "text to continue; empty is bos alone: a new document")
-    prompt_file: str = flag(None, "continue each line of this UTF-8 file instead (- is standard input)")
+    prompt_file: str = flag(None, "continue each line of this UTF-8 file instead (- is standard "
+                                  "input)", path=True)
     mode: str = flag("full", "full, single (--stage), prefix (--prefix), wand, routing or speculative",
                      choices=tuple(MODES))
     stage: int = flag(None, "the one stage of --mode single, counted from 0")
     prefix: int = flag(None, "how many first stages --mode prefix combines, 1 to K")
-    draft_len: int = flag(None, "in --mode speculative: tokens that stage 0 drafts at a time (default: 4)")
+    draft_len: int = flag(None, "in --mode speculative: tokens that stage 0 drafts at a time (default: "
+                                "4)", low=1, high=CHOSEN - 1)
     wand_margin: bool = flag(None, "in --mode wand: leave by the fitted margins of metrics.json")
     routing_threshold: float = flag(None, "in --mode routing: leave after stage 0 where its top-1 "
                                           "probability is at least this (default: from metrics.json)")
-    max_new_tokens: int = flag(None, "tokens to generate at most (default: 64, as far as the context goes)")
-    temperature: float = flag(0.8, "0 is greedy; 1 samples the model's own distribution")
-    top_k: int = flag(0, "sample among the k most probable tokens (0: all)")
-    top_p: float = flag(1.0, "sample among the most probable tokens that hold this probability (1: all)")
-    num_samples: int = flag(1, "samples of each prompt")
-    seed: int = flag(0, "of the noise; under one seed lossless modes (full, speculative) write the same text")
+    max_new_tokens: int = flag(None, "tokens to generate at most (default: 64, as far as the context "
+                                     "goes)", low=1)
+    temperature: float = flag(0.8, "0 is greedy; 1 samples the model's own distribution", low=0, high=10 ** 6)
+    top_k: int = flag(0, "sample among the k most probable tokens (0: all)", low=0)
+    top_p: float = flag(1.0, "sample among the most probable tokens that hold this probability (1: "
+                             "all)", low=1e-6, high=1)
+    num_samples: int = flag(1, "samples of each prompt", low=1)
+    seed: int = flag(0, "of the noise; under one seed lossless modes (full, speculative) write the same "
+                        "text", low=0, high=2 ** 63 - 1)
     compile: bool = flag(False, "decode by Triton kernels in CUDA graphs: fast, after some seconds")
     json: bool = flag(False, "print a JSON object per sample: texts, ids, log-probabilities, stages, depths")
 
     def __post_init__(self):
-        for name, low, high in (("temperature", 0, 10 ** 6), ("draft_len", 1, CHOSEN - 1),
-                                ("top_k", 0, 2 ** 31),
-                                ("top_p", 1e-6, 1), ("num_samples", 1, 10 ** 6),
-                                ("max_new_tokens", 1, 2 ** 31),
-                                ("seed", 0, 2 ** 63 - 1)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{spelled(name)} {value} must be from {low} to {high}")
         for mode, name in MODES.items():
             if mode != self.mode and name and getattr(self, name) is not None:
                 raise ValueError(f"{spelled(name)} {getattr(self, name)} goes with --mode {mode}, not with "

@@ -33,21 +33,14 @@ MOMENTUM_RAMP_STEPS = 400
 
 @dataclass(frozen=True)
 class Phase:
-    anchor: int = flag(0, "step at which the phase starts")
-    num_steps: int = flag(1000, "length of the phase, steps")
-    warmup_steps: int = flag(0, "steps of linear warmup: the first at peak / warmup_steps")
-    peak_lrm: float = flag(1.0, "learning-rate multiplier between warmup and warmdown")
-    warmdown_ratio: float = flag(0.65, "share of the phase spent in linear warmdown, 0 to 1")
-    final_lrm: float = flag(0.05, "learning-rate multiplier at the end of the phase")
+    anchor: int = flag(0, "step at which the phase starts", low=0)
+    num_steps: int = flag(1000, "length of the phase, steps", low=1)
+    warmup_steps: int = flag(0, "steps of linear warmup: the first at peak / warmup_steps", low=0)
+    peak_lrm: float = flag(1.0, "learning-rate multiplier between warmup and warmdown", low=0)
+    warmdown_ratio: float = flag(0.65, "share of the phase spent in linear warmdown, 0 to 1", low=0, high=1)
+    final_lrm: float = flag(0.05, "learning-rate multiplier at the end of the phase", low=0)
 
     def __post_init__(self):
-        if self.num_steps < 1 or self.anchor < 0 or self.warmup_steps < 0:
-            raise ValueError(f"num_steps {self.num_steps} must be at least 1, anchor {self.anchor} and "
-                             f"warmup_steps {self.warmup_steps} not negative")
-        if not 0 <= self.warmdown_ratio <= 1:
-            raise ValueError(f"warmdown_ratio {self.warmdown_ratio} must be from 0 to 1")
-        if not (0 <= self.peak_lrm < math.inf and 0 <= self.final_lrm < math.inf):
-            raise ValueError(f"peak_lrm {self.peak_lrm} and final_lrm {self.final_lrm} must be 0 or more")
         if self.warmup_steps + self.warmdown_steps > self.num_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} and a warmdown of {self.warmdown_steps} "
                              f"steps (warmdown_ratio {self.warmdown_ratio}) do not fit in num_steps "

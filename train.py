@@ -94,13 +94,14 @@ RECIPES = {
 class TrainConfig(DeviceFlags):
     preset: str = flag("tiny", f"model and recipe to start from: "
                                f"{', '.join(PRESETS)}", choices=tuple(PRESETS))
-    data: str = flag("", "folder of token shards (data/prepare.py); empty is the embedded sample")
-    out: str = flag(None, "run directory (default: runs/<preset>)")
-    resume: str = flag("", "run directory to go on with, from its newest whole checkpoint")
-    continue_from: str = flag("", "checkpoint (RUN/step-XXXXX) to begin a new phase from, in a new --out")
+    data: str = flag("", "folder of token shards (data/prepare.py); empty is the embedded sample", path=True)
+    out: str = flag(None, "run directory (default: runs/<preset>)", path=True)
+    resume: str = flag("", "run directory to go on with, from its newest whole checkpoint", path=True)
+    continue_from: str = flag("", "checkpoint (RUN/step-XXXXX) to begin a new phase from, in a new "
+                                  "--out", path=True)
     reset_optimizer: bool = flag(False, "with --continue-from: start from the weights alone, with a fresh "
                                         "optimizer")
-    seed: int = flag(0, "of the initial weights and of the order of the data")
+    seed: int = flag(0, "of the initial weights and of the order of the data", low=0, high=2 ** 63 - 1)
     compile: bool = flag(None, "compile the blocks, the loss and the optimizer's elementwise work (default: "
                                "on cuda only)")
     dry_run: bool = flag(False, "print sizes, FLOPs, schedule and memory, and exit")
@@ -108,55 +109,48 @@ class TrainConfig(DeviceFlags):
     objective: str = flag("poe", "poe: local losses; joint: the same losses without the detach; bp: one loss "
                                  "at the top",
                           choices=OBJECTIVES)
-    n_layer: int = flag(None, "blocks (default: preset)")
-    n_embd: int = flag(None, "channels of the residual stream (default: preset)")
-    n_head: int = flag(None, "query heads (default: preset)")
-    n_kv_head: int = flag(None, "key and value heads, a divisor of n_head (default: preset)")
-    mlp_hidden: int = flag(None, "channels inside the MLP (default: preset)")
+    n_layer: int = flag(None, "blocks (default: preset)", low=1)
+    n_embd: int = flag(None, "channels of the residual stream (default: preset)", low=1)
+    n_head: int = flag(None, "query heads (default: preset)", low=1)
+    n_kv_head: int = flag(None, "key and value heads, a divisor of n_head (default: preset)", low=1)
+    mlp_hidden: int = flag(None, "channels inside the MLP (default: preset)", low=1)
     stage_layers: str = flag(None, "layers per stage, such as 16,6,5,5; they sum to n_layer (default: "
                                    "preset)")
-    sequence_len: int = flag(None, "context, tokens (default: preset)")
+    sequence_len: int = flag(None, "context, tokens (default: preset)", low=1)
     vocab_size: int = flag(None, "token ids, bos included; with --data those of its shards, else up to "
-                                 "32768: the first merges of the embedded tokenizer (default: preset)")
+                                 "32768: the first merges of the embedded tokenizer (default: preset)", low=1)
     # optimizer
     total_batch_tokens: int = flag(None, "tokens per optimizer step, over all micro-batches and ranks "
-                                         "(default: preset)")
+                                         "(default: preset)", low=1)
     device_batch_size: int = flag(None, "sequences per micro-batch of a rank; lower it when memory runs out "
-                                        "(default: preset)")
-    matrix_lr: float = flag(None, "peak rate of Muon, the blocks' matrices (default: preset)")
+                                        "(default: preset)", low=1)
+    matrix_lr: float = flag(None, "peak rate of Muon, the blocks' matrices (default: preset)", low=0)
     embedding_lr: float = flag(None, "peak rate of the token embedding; value embeddings take half (default: "
-                                     "preset)")
-    unembedding_lr: float = flag(None, "peak rate of the heads (default: preset)")
+                                     "preset)", low=0)
+    unembedding_lr: float = flag(None, "peak rate of the heads (default: preset)", low=0)
     scalar_lr: float = flag(None, "peak rate of x0_lambda; resid_lambda takes a hundredth, gates a fiftieth "
-                                  "(default: preset)")
+                                  "(default: preset)", low=0)
     weight_decay: float = flag(None, "of Muon's matrices, decoupled, times the rate; falls to 0 over the "
-                                     "phase (default: preset)")
+                                     "phase (default: preset)", low=0)
     # schedule
-    num_steps: int = flag(None, "optimizer steps of the phase (default: preset)")
-    warmup_steps: int = flag(None, "linear warmup, steps (default: preset)")
-    peak_lrm: float = flag(1.0, "learning-rate multiplier between warmup and warmdown")
-    warmdown_ratio: float = flag(None, "share of the phase in linear warmdown, 0 to 1 (default: preset)")
-    final_lrm: float = flag(None, "learning-rate multiplier at the end of the phase (default: preset)")
+    num_steps: int = flag(None, "optimizer steps of the phase (default: preset)", low=1)
+    warmup_steps: int = flag(None, "linear warmup, steps (default: preset)", low=0)
+    peak_lrm: float = flag(1.0, "learning-rate multiplier between warmup and warmdown", low=0)
+    warmdown_ratio: float = flag(None, "share of the phase in linear warmdown, 0 to 1 (default: "
+                                       "preset)", low=0, high=1)
+    final_lrm: float = flag(None, "learning-rate multiplier at the end of the phase (default: preset)", low=0)
     # evaluation and output
     eval_every: int = flag(None, "steps between validations beside those at saves (-1 or 0 = off; default: "
                                  "preset)")
-    eval_tokens: int = flag(None, "tokens of a validation (default: preset)")
+    eval_tokens: int = flag(None, "tokens of a validation (default: preset)", low=1)
     save_every: int = flag(None, "steps between checkpoints, beside the last (-1 or 0 = off; default: "
                                  "preset)")
     keep_optim: int = flag(2, "newest checkpoints that keep their optimizer state, beside those at the ends "
-                              "of phases (-1 = all)")
+                              "of phases (-1 or 0 = all)", low=-1)
 
     def __post_init__(self):
         # raises where the schedule is impossible
         Phase(0, *(getattr(self, name) for name in SCHEDULE_FLAGS))
-        for name in ("total_batch_tokens", "device_batch_size", "eval_tokens", "sequence_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{spelled(name)} {getattr(self, name)} must be at least 1")
-        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < 2 ** 63:
-                raise ValueError(f"{spelled(name)} {getattr(self, name)} must not be negative")
-        if self.keep_optim < 1 and self.keep_optim != -1:
-            raise ValueError(f"--keep-optim {self.keep_optim} must be at least 1, or -1 to keep all")
         if self.reset_optimizer and not self.continue_from:
             raise ValueError("--reset-optimizer needs --continue-from, the checkpoint whose weights to start "
                              "from")
@@ -190,9 +184,6 @@ def resolve_config(given, restarted=False):
     restarted: torchrun started the same command again, which then goes on with what it had begun.
     Returns (TrainConfig, phase table): rows of config.json's "phases"; the last is completed by `phase_row`.
     """
-    for name in ("out", "resume", "continue_from"):
-        if given.get(name) == "":
-            raise ValueError(f"{spelled(name)} is empty; name a folder, or leave it out")
     if "resume" in given and "continue_from" in given:
         raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
     if "resume" in given:
@@ -240,7 +231,10 @@ def continued_config(given):
     record = read_json(parent / "config.json")
     state = read_json(parent / "state.json")
     config = TrainConfig(**{**record["train"], "reset_optimizer": False, **given})
-    return config, record["phases"] + [{"anchor_step": state["step"], "anchor_sample": state["sample"]}]
+    row = {"anchor_step": state["step"], "anchor_sample": state["sample"]}
+    if "data" not in given:
+        row["mix_sha256"] = record["phases"][-1]["mix_sha256"]
+    return config, [*record["phases"], row]
 
 
 def refuse(given, names, beside):
@@ -340,11 +334,10 @@ def open_training_data(config, rows, ranks):
             raise ValueError(f"a step's {n_micro_batches} micro-batches leave some of {ranks.world_size} "
                              f"ranks without work; lower --device-batch-size or start fewer ranks")
         data = open_data(config.data, config.vocab_size)
-        recorded = rows[-1].get("mix_sha256")
-        if recorded not in (None, data.sha256):
-            raise ValueError(f"{data.path or 'the embedded sample'} is not the data that {config.out} was "
-                             f"trained on; give that with --data, or begin a phase on other data with "
-                             f"--continue-from")
+        if rows[-1].get("mix_sha256", data.sha256) != data.sha256:
+            raise ValueError(f"{data.path or 'the embedded sample'} is not the data that was trained on; "
+                             f"give that with --data, or other data on purpose with --continue-from and "
+                             f"--data")
         rows[-1] = phase_row(config, rows[-1], data)
         train_mix = data.train(config.sequence_len, config.seed)
     return data, train_mix, samples_of_earlier_phases(rows) - rows[-1]["anchor_sample"]
@@ -443,9 +436,12 @@ def git_commit():
     """The commit of this code, or "unknown" outside a git checkout."""
     if not shutil.which("git"):
         return "unknown"
-    command = ["git", "rev-parse", "--verify", "-q", "HEAD"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    here = Path(__file__).resolve().parent
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    found = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    top, _, commit = found.stdout.strip().partition("\n")
+    # not of another repository that this code was copied into
+    return commit if found.returncode == 0 and Path(top) == here else "unknown"
 
 
 # --------------------------------------------------------------------------------------------------

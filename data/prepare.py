@@ -60,8 +60,8 @@ NAMED = 20
 
 @dataclass(frozen=True)
 class MixFlags:
-    mix: str = flag(str(HERE / "frontier_v1.json"), "mix file: sources and their weights")
-    raw: str = flag("raw", "folder of the downloaded files")
+    mix: str = flag(str(HERE / "frontier_v1.json"), "mix file: sources and their weights", path=True)
+    raw: str = flag("raw", "folder of the downloaded files", path=True)
     only: str = flag("", "names of the sources to take, comma-separated; empty: all")
     source: str = flag("", "local files for a source, name=path (file or folder), comma-separated")
 
@@ -74,28 +74,26 @@ class DownloadFlags(MixFlags):
 
 @dataclass(frozen=True)
 class TokenizerFlags(MixFlags):
-    out: str = flag("", "folder to write; it must be given")
+    out: str = flag("", "folder to write; it must be given", path=True)
     val_fraction: float = flag(0.005, "share of the documents held out for validation, by a hash of their "
-                                      "text; 0.03 suits a few hundred MB")
+                                      "text; 0.03 suits a few hundred MB", low=0, high=0.99)
     vocab_size: int = flag(None, "ids, <|bos|> included (default: 32768 for a new tokenizer, all of an "
-                                 "old one; a lower number takes its first so many)")
+                                 "old one; a lower number takes its first so many)", low=257, high=65_536)
 
     def __post_init__(self):
-        fits = self.vocab_size is None or 257 <= self.vocab_size <= 65_536
-        if not (self.out and 0 <= self.val_fraction < 1 and fits):
-            raise ValueError("--out must name a folder, --val-fraction be from 0 to below 1, --vocab-size be "
-                             "from 257 to 65536")
+        if not self.out:
+            raise ValueError("--out must name a folder to write")
 
 
 @dataclass(frozen=True)
 class TokenizeFlags(TokenizerFlags):
-    tokenizer: str = flag(str(HERE), "folder of the tokenizer to use")
-    workers: int = flag(-1, "worker processes; -1: one a core; 0: none, encode in this process")
+    tokenizer: str = flag(str(HERE), "folder of the tokenizer to use", path=True)
+    workers: int = flag(-1, "worker processes; -1: one a core; 0: none, encode in this process", low=-1)
 
 
 @dataclass(frozen=True)
 class InspectFlags:
-    data: str = flag(".", "folder of token shards")
+    data: str = flag(".", "folder of token shards", path=True)
     verify: bool = flag(False, "compare the sha256 of every shard with the manifest")
 
 

@@ -73,7 +73,7 @@ def test_train_times_every_variant(capsys):
 @pytest.mark.parametrize("argv, told", [
     (["--variants", "bp,poe:x"], "--variants has 'poe:x'"), (["--variants", "poe:3"], "poe:3"),
     (["--variants", "nanochat"], "NANOCHAT_DIR"),
-    (["--bench-repeats", "0"], "--bench-repeats 0")])
+    (["--bench-repeats", "0"], "--bench-repeats: 0")])
 def test_train_refuses_odd_flags(argv, told, refused, monkeypatch):
     monkeypatch.setenv("NANOCHAT_DIR", "nowhere")
     assert told in refused(bench.main, *TRAIN, *argv)

@@ -610,15 +610,24 @@ def test_all_rows_of_a_run_are_measured_on_its_own_data(run):
         (["--split-tokens", "9999999"], ["split-tokens 9999999", "lower"]),
         (["--split-tokens", "640", "--wand-tokens", "640"], ["wand-tokens", "split-tokens"]),
         (["--wand-tokens", "15"], ["wand-tokens", "16 tokens or more"]),
-        (["--routing-cap", "nan"], ["routing-cap nan"]),
-        (["--data", ""], ["another tokenizer", "--data"]),
+        (["--routing-cap", "nan"], ["routing-cap: nan"]),
+        (["--data", ""], ["--data: an empty path"]),
     ],
 )
-def test_bad_input_gets_one_line(argv, words, trained, refused, monkeypatch):
-    if argv[1] == "":
-        monkeypatch.setattr(evaluate, "open_data", lambda path, vocab: open_data(path, vocab + 1))
+def test_bad_input_gets_one_line(argv, words, trained, refused):
     line = refused(evaluate.main, trained / "step-00006", *argv)
     assert all(word in line for word in words), line
+
+
+def test_data_that_is_not_what_the_run_was_trained_on_is_refused(trained, tmp_path, refused, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    record = read_json(run / "config.json")
+    record["phases"][0]["mix_sha256"] = "made anew in its place"
+    (run / "config.json").write_text(json.dumps(record))
+    assert "is not the data that" in refused(evaluate.main, run)
+    monkeypatch.setattr(evaluate, "open_data", lambda path, vocab: open_data("", vocab + 1))
+    assert "another tokenizer" in refused(evaluate.main, trained)
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path, refused):

@@ -343,7 +343,7 @@ def test_init_is_reproducible_and_starts_every_stage_at_the_uniform_distribution
 
 @pytest.mark.parametrize("changes, word", [
     (dict(stage_layers=(2, 2, 2)), "sum"), (dict(stage_layers=()), "sum"), (dict(stage_layers=(6, -1)), "positive"), (dict(n_embd=14), "n_head"),
-    (dict(n_head=12), "even"), (dict(n_kv_head=4), "n_kv_head"), (dict(vocab_size=0), "vocab_size"), 
+    (dict(n_head=12), "even"), (dict(n_kv_head=4), "n_kv_head"), 
     (dict(objective="bp"), "one stage")])
 def test_a_wrong_shape_is_named(changes, word):
     with pytest.raises(ValueError, match=word):

@@ -444,8 +444,7 @@ def test_sources_are_chosen_and_replaced_by_name(tmp_path):
     assert stream(config) == whole(["first", "second"])
     for wrong, message in ((dict(only="cod"), "--only 'cod' or"), (dict(out=""), "--out"),
                            (dict(source="web=/nowhere"), "source web has no file .* in /nowhere"),
-                           (dict(source="x=y"), "'x=y' is wrong"), (dict(source="web"), "'web' is wrong"),
-                           (dict(val_fraction=1.0), "--val-fraction")):
+                           (dict(source="x=y"), "'x=y' is wrong"), (dict(source="web"), "'web' is wrong")):
         with pytest.raises(ValueError, match=message):
             prepare.tokenize(replace(config, **wrong))
 
@@ -462,7 +461,7 @@ def test_what_is_no_mix_file_is_named(tmp_path, content):
 @pytest.mark.parametrize("argv, expected", [
     ([], "error: the following arguments are required: download|tokenizer|tokenize|inspect"),
     (["tokenize", "--max-bytes", "5"], "error: unrecognized arguments: --max-bytes 5"),
-    (["tokenize"], "--out must name a folder"), (["inspect", "--data", ""], ". has no manifest.json")])
+    (["tokenize"], "--out must name a folder"), (["inspect", "--data", ""], "an empty path")])
 def test_the_command_line_says_one_line_and_ends_with_2(argv, expected, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     assert expected in refused(prepare.main, *argv)

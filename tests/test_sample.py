@@ -452,19 +452,19 @@ def test_prompts_come_from_a_file_or_standard_input(trained, tmp_path, refused, 
     (["--draft-len", "8"], ["--draft-len 8", "--mode speculative"]),
     (["--wand-margin"], ["--wand-margin", "--mode wand"]),
     (["--routing-threshold", "0.5"], ["--routing-threshold 0.5", "--mode routing"]),
-    (["--mode", "speculative", "--draft-len", "0"], ["--draft-len 0", "1 to 31"]),
-    (["--mode", "speculative", "--draft-len", "32"], ["--draft-len 32"]),
+    (["--mode", "speculative", "--draft-len", "0"], ["--draft-len: 0", "1 to 31"]),
+    (["--mode", "speculative", "--draft-len", "32"], ["--draft-len: 32"]),
     (["--mode", "turbo"], ["turbo", "full"]),
-    (["--temperature", "nan"], ["temperature nan"]),
-    (["--top-p", "0"], ["top-p 0"]),
-    (["--top-k", "-2"], ["top-k -2"]),
-    (["--num-samples", "0"], ["num-samples 0"]),
-    (["--max-new-tokens", "0"], ["max-new-tokens 0"]),
+    (["--temperature", "nan"], ["temperature: nan"]),
+    (["--top-p", "0"], ["top-p: 0"]),
+    (["--top-k", "-2"], ["top-k: -2", "at least 0"]),
+    (["--num-samples", "0"], ["num-samples: 0"]),
+    (["--max-new-tokens", "0"], ["max-new-tokens: 0"]),
     (["--seed", str(2 ** 63)], ["--seed"]),
     (["--prompt", "a b c d e f g h i j k l m n o p q r"], ["context of 16", "room for 0"]),
     (["--device", "abacus"], ["abacus"]),
     (["--compile"], ["CUDA"]),
-    (["--prompt-file", ""], ["''"])])
+    (["--prompt-file", ""], ["--prompt-file", "an empty path"])])
 def test_bad_input_gets_one_line(argv, words, trained, refused):
     line = refused(sample.main, trained, *argv)
     assert all(word in line for word in words), line

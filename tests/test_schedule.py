@@ -83,12 +83,9 @@ def test_weight_decay_is_a_half_cosine_that_each_phase_rearms():
     assert weight_decay_factor(CONTINUAL, 134_723) == pytest.approx(0.0, abs=1e-15)
 
 
-@pytest.mark.parametrize("changes, word", [
-    (dict(num_steps=0), "num_steps"), (dict(warmup_steps=-1), "warmup_steps"), (dict(warmdown_ratio=1.5), "warmdown_ratio"),
-    (dict(peak_lrm=float("nan")), "peak_lrm"), (dict(warmup_steps=6, warmdown_ratio=0.5), "do not fit")])
-def test_an_impossible_phase_is_named(changes, word):
-    with pytest.raises(ValueError, match=word):
-        Phase(**{**dict(anchor=0, num_steps=10, warmup_steps=2, peak_lrm=1.0, warmdown_ratio=0.5, final_lrm=0.0), **changes})
+def test_a_phase_that_is_too_short_is_named():
+    with pytest.raises(ValueError, match="do not fit"):
+        Phase(anchor=0, num_steps=10, warmup_steps=6, peak_lrm=1.0, warmdown_ratio=0.5, final_lrm=0.0)
 
 
 def script(*argv):
@@ -102,7 +99,8 @@ def test_the_script_prints_the_cards_figures():
     assert done.stdout.splitlines()[-2:] == ["step:84000 rel:77 lrm:0.039000 position:warmup", "step:86000 rel:2077 lrm:0.500000 position:peak"]
 
 
-@pytest.mark.parametrize("argv, word", [(["--at", "x"], "--at"), (["--num-steps", "10", "--at", "11"], "outside"), (["--num-steps", "0"], "num_steps"),
+@pytest.mark.parametrize("argv, word", [(["--at", "x"], "--at"), (["--num-steps", "10", "--at", "11"], "outside"), (["--num-steps", "0"], "--num-steps: 0 must be"), (["--warmdown-ratio", "1.5"], "from 0 to 1"),
+                                        (["--peak-lrm", "nan"], "nan"), (["--warmup-steps", "-1"], "-1"),
                                         (["--peak", "1"], "--peak")])
 def test_the_script_refuses_bad_flags_in_one_line(argv, word):
     done = script(*argv)

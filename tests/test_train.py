@@ -268,10 +268,10 @@ def test_dry_run_prints_the_plan_as_json_and_writes_nothing(preset, tmp_path, mo
 @pytest.mark.parametrize("argv, words", [
     (["--preset", "huge"], ["huge", "tiny", "3b"]), (["--stage-layers", "1,1"], ["(1, 1)", "n_layer = 5"]), (["--stage-layers", "a,b"], ["'a,b'", "16,6,5,5"]),
     (["--n-embd", "97"], ["97", "n_head = 3"]), (["--n-kv-head", "2"], ["n_kv_head = 2"]), (["--vocab-size", "40000"], ["40000", "32768"]),
-    (["--total-batch-tokens", "1000"], ["1000", "2048"]), (["--device-batch-size", "3"], ["--device-batch-size", "768"]), (["--num-steps", "0"], ["num_steps 0"]),
-    (["--matrix-lr", "-1"], ["matrix-lr -1"]), (["--matrix-lr", "nan"], ["matrix-lr nan"]), (["--warmup-steps", "399"], ["warmup_steps 399"]),
+    (["--total-batch-tokens", "1000"], ["1000", "2048"]), (["--device-batch-size", "3"], ["--device-batch-size", "768"]), (["--num-steps", "0"], ["num-steps", "0 must be"]),
+    (["--matrix-lr", "-1"], ["matrix-lr", "-1"]), (["--matrix-lr", "nan"], ["matrix-lr", "nan"]), (["--warmup-steps", "399"], ["warmup_steps 399"]),
     (["--data", "no/such/folder"], ["no/such/folder", "manifest.json"]), (["--resume", "no/such/run"], ["no/such/run"]), (["--num-step", "5"], ["--num-step"]),
-    (["--objective", "bp", "--stage-layers", "2,3"], ["bp"]), (["--eval-tokens", "99999999"], ["--eval-tokens 99999999"]), (["--seed", "-1"], ["seed -1"]),
+    (["--objective", "bp", "--stage-layers", "2,3"], ["bp"]), (["--eval-tokens", "99999999"], ["--eval-tokens 99999999"]), (["--seed", "-1"], ["seed", "-1"]), (["--out", ""], ["--out", "an empty path"]),
     (["--sequence-len", "99999", "--total-batch-tokens", "99999", "--device-batch-size", "1"], ["100000"])])
 def test_bad_flags_get_one_line_and_write_nothing(argv, words, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
@@ -546,7 +546,6 @@ def test_only_the_newest_saves_and_the_ends_of_phases_keep_their_optimizer_state
     (["--continue-from", "{run}/step-00006", "--preset", "tiny"], "--preset cannot be given with --continue-from"),
     (["--continue-from", "{run}/step-00006", "--resume", "{run}"], "give one of them"),
     (["--reset-optimizer", "--out", "{run}x"], "--reset-optimizer needs --continue-from"),
-    (["--continue-from", "{run}/step-00006", "--keep-optim", "0"], "--keep-optim 0 must be at least 1"),
     (["--continue-from", "{run}/step-00006", "--total-batch-tokens", "80", "--device-batch-size", "2"], "is not a multiple of --device-batch-size"),
 ])
 def test_a_wrong_continuation_is_refused_and_writes_nothing(argv, message, trained, tmp_path, refused):
@@ -588,14 +587,16 @@ def test_continuing_an_unfinished_phase_is_allowed(trained, tmp_path):
     assert [path.name for path in checkpoint_steps(tmp_path / "b")] == ["step-00003", "step-00004", "step-00008", "step-00011"]
 
 
-def test_earlier_data_that_was_made_anew_in_its_place_is_not_reported_as_what_it_was(data, tmp_path, capsys):
+def test_data_that_was_made_anew_in_its_place_is_taken_on_purpose_alone(data, tmp_path, capsys, refused):
     mine = tmp_path / "mine"
     shutil.copytree(data, mine)
     train.main([*SMALL, "--data", str(mine), "--out", str(tmp_path / "a")])
     manifest = json.loads((mine / "manifest.json").read_text())
     manifest["sources"][0]["weight"] = 20
     (mine / "manifest.json").write_text(json.dumps(manifest))
-    train.main(["--continue-from", str(tmp_path / "a" / "step-00006"), "--out", str(tmp_path / "b"), *CONTINUAL])
+    argv = ["--continue-from", str(tmp_path / "a" / "step-00006"), "--out", str(tmp_path / "b"), *CONTINUAL]
+    assert "is not the data that was trained on" in refused(train.main, *argv)
+    train.main([*argv, "--data", str(mine)])
     assert f"the validation slice of the earlier data is left out: {mine} is not the data that it was" in capsys.readouterr().out
     assert log_lines(tmp_path / "b", "val") and not log_lines(tmp_path / "b", "val_old")
 
@@ -699,7 +700,15 @@ def test_a_run_that_is_told_to_stop_saves_before_it_validates(data, trained, tmp
     assert same(weights(tmp_path / "run" / "step-00006"), weights(trained / "step-00006"))
 
 
-def test_a_machine_without_git_trains(data, tmp_path, monkeypatch):
+def test_the_commit_is_of_this_code_alone_and_needs_no_git(tmp_path, monkeypatch):
+    # a copy of the code inside another repository
+    (tmp_path / "copy").mkdir()
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "copy" / "train.py"))
+    assert train.git_commit() == "unknown"
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    assert len(train.git_commit()) == 40
     monkeypatch.setenv("PATH", str(tmp_path))
     assert train.git_commit() == "unknown"
 
