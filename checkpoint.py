@@ -196,13 +196,17 @@ def drop_optimizer_state(out, step, keep, phase_ends):
     # steps beyond were skipped as damaged: they must not count as the newest
     paths = [path for path in checkpoint_steps(out) if step_number(path) <= step]
     for path in paths[:-keep] if keep > 0 else []:
-        whole = (path / "optim").exists() and (path / "manifest.json").exists()
-        if whole and step_number(path) not in phase_ends:
+        if step_number(path) in phase_ends or not (path / "optim").exists():
+            continue
+        try:
             files = read_json(path / "manifest.json")["files"]
-            # the manifest first: a run that is killed between the two leaves files that nothing reads
-            write_manifest(path, {name: sha256 for name, sha256 in files.items()
-                                  if not name.startswith("optim/")})
-            shutil.rmtree(path / "optim")
+        except (OSError, ValueError, KeyError):
+            # damaged: left as it is, for its owner to look at
+            continue
+        # the manifest first: a run that is killed between the two leaves files that nothing reads
+        kept = {name: sha256 for name, sha256 in files.items() if not name.startswith("optim/")}
+        write_manifest(path, kept)
+        shutil.rmtree(path / "optim")
 
 
 def place_seed(parent, files, out):

@@ -534,7 +534,6 @@ def speculation(texts, n_documents):
     speed = {name: sum(len(text.ids) for text in of_way) / sum(text.seconds for text in of_way)
              for name, of_way in texts.items()}
     return metrics, {"speedup": speed["speculative"] / speed["plain"],
-                     "s0_speedup": speed["s0"] / speed["plain"],
                      **{f"{name}_tokens_per_s": value for name, value in speed.items()}}
 
 
@@ -571,7 +570,6 @@ def generate_texts(model, text_slice, n_prompts, fast):
     timings = None
     if documents:
         metrics["speculative"], timings = speculation(texts, len(documents))
-        timings["kernels"] = fast
     return metrics, timings
 
 
@@ -710,7 +708,8 @@ def main(argv=None):
     given = parse_flags(EvalConfig, __doc__, argv, positionals=[
         ("checkpoints", "+", "a run: all its steps; or step-XXXXX directories; or runs: their last steps "
                              "side by side")])
-    paths = [Path(path) for path in given.pop("checkpoints")]
+    # "." has no name, and no parent whose log to read
+    paths = [Path(path) if Path(path).name else Path(path).resolve() for path in given.pop("checkpoints")]
     ranks = Ranks()
     with ranks.together():
         config = EvalConfig(**given)
@@ -743,12 +742,15 @@ def main(argv=None):
             eta = (time.monotonic() - start) / number * (len(steps) - number)
             print(f"{step.name} ({number}/{len(steps)}) eta:{eta:.0f}s", file=sys.stderr, flush=True)
 
-    with ranks.together():
-        if measured and ranks.rank == 0:
-            print_report(paths, runs, measured, config.json)
-    if failures:
-        raise SharedError(f"{len(failures)} of {len(steps)} checkpoints could not be measured: "
-                          f"{'; '.join(failures)}")
+    try:
+        with ranks.together():
+            if measured and ranks.rank == 0:
+                print_report(paths, runs, measured, config.json)
+    finally:
+        # where the report fails too, this is why
+        if failures:
+            raise SharedError(f"{len(failures)} of {len(steps)} checkpoints could not be measured: "
+                              f"{'; '.join(failures)}")
     ranks.close()
 
 

@@ -340,8 +340,7 @@ def summary_table(rows, reading):
         lines.append([question, answer(changes), ", ".join(texts)])
     facts = [f"{fact}: {sum(known)} of {len(known)}" for fact, known in reading["facts"].items() if known]
     lines.append(["6. Facts, rows that have each", ", ".join(facts) or "not measured", ""])
-    when = "so far" if reading["remaining_steps"] else "final"
-    lines.append(["**Verdict**", f"**{reading['verdict']}**, {when}", ""])
+    lines.append(["**Verdict**", f"**{reading['verdict']}**", ""])
     if "projection" in reading:
         lines.append(["Full bpb per 2,000 steps", f"{reading['rate_per_2000_steps']:+.6f}", ""])
         gap = reading["projection"] - rows[0]["bpb"]["full"]

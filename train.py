@@ -48,7 +48,7 @@ from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, att
                    count_parameters, flops_per_token, parameter_group)
 from muon import MuonAdamW
 from sample import Plan, Sampling, complete
-from schedule import Phase, learning_rate, muon_momentum, phase_of, position, weight_decay_factor
+from schedule import Phase, learning_rate, muon_momentum, phase_of, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
 SAMPLE_PROMPTS = ("The capital of France is", "He looked at the sea and", "def ")
@@ -212,12 +212,12 @@ def new_config(given):
 
 def resumed_config(given):
     out = Path(given["resume"])
-    if not (out / "config.json").exists() or (out / "manifest.json").exists():
+    record = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if "train" not in record or (out / "manifest.json").exists():
         raise ValueError(f"--resume {out} is not a run, a folder with config.json and step-XXXXX in it; "
                          f"give one, or start one with --out")
     fixed = (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer", "out")
     refuse(given, fixed, f"--resume {out}, which has its own")
-    record = read_json(out / "config.json")
     return TrainConfig(**{**record["train"], **given, "out": str(out)}), record["phases"]
 
 
@@ -277,11 +277,11 @@ def is_due(step, every):
 # Setup
 
 def say(ranks, text):
-    """Print on rank 0. Where the reader of the output left (Ctrl-C ends a `| tee` too), go on without."""
+    """Print on rank 0; where that fails (Ctrl-C ends a `| tee` too, a disk is full), go on without."""
     if ranks.rank == 0:
         try:
             print(text, flush=True)
-        except BrokenPipeError:
+        except OSError:
             discard_stdout()
 
 
@@ -508,7 +508,8 @@ class Training:
 def prepare(config, rows, ranks):
     """Open data and folder, build or restore model and optimizer: (Training, state as in state.json)."""
     model_config = config.model_config()
-    device, dtype = choose_device(config.device, config.dtype, ranks)
+    with ranks.together():
+        device, dtype = choose_device(config.device, config.dtype, ranks)
     compiling = device.type == "cuda" if config.compile is None else config.compile
     data, train_mix, stream_start = open_training_data(config, rows, ranks)
     slices = validation_slices(data, rows, config, ranks)
@@ -524,12 +525,13 @@ def prepare(config, rows, ranks):
         held = open_folder(config, record) if ranks.rank == 0 else None
     phase = phase_of(rows[-1])
     state = restore_newest(config, phase, ranks, model, optimizer)
-    if ranks.rank == 0:
-        write_json(Path(config.out) / "config.json", record)
+    with ranks.together():
+        if ranks.rank == 0:
+            write_json(Path(config.out) / "config.json", record)
+        log = RunLog(Path(config.out) / "log.jsonl", state["step"], ranks.rank)
     model.cast_weights()
     if compiling:
         model.compile_regions()
-    log = RunLog(Path(config.out) / "log.jsonl", state["step"], ranks.rank)
     log.validated = ranks.gather(log.validated)[0]
     first = state["sample"] + stream_start
     loader = Loader(train_mix, first, config.batch, config.device_batch_size, device, ranks.rank,
@@ -544,10 +546,8 @@ def write_header(training, step):
     """Log and print what this run is: config, phases, code, machine, sizes."""
     device = training.loader.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
-    n_params = sum(count_parameters(training.model.config).values())
     header = {"config": training.record["train"], "phases": training.rows, "commit": git_commit(),
-              "torch": torch.__version__, "world_size": training.ranks.world_size, "device": name,
-              "params_total": n_params}
+              "torch": torch.__version__, "world_size": training.ranks.world_size, "device": name}
     training.log.write("header", step, **header)
     say(training.ranks, json.dumps(header))
 
@@ -651,8 +651,7 @@ def log_step(training, state, losses, lrm, seconds, fwdbwd):
     phase = training.phase
     step = state["step"] - 1
     train_loss = sum(losses) / len(losses)
-    training.log.write("step", step, train_loss=train_loss, losses=losses, lrm=lrm,
-                       position=position(phase, step)[0], dt=seconds, fwdbwd=fwdbwd,
+    training.log.write("step", step, train_loss=train_loss, losses=losses, lrm=lrm, dt=seconds, fwdbwd=fwdbwd,
                        train_time=state["train_time"])
     if time.monotonic() - training.printed > 2 or step + 1 == phase.end:
         training.printed = time.monotonic()
@@ -710,13 +709,13 @@ def main(argv=None):
             dry_run(config, rows, ranks.world_size)
         ranks.close()
         return
+    caught = catch_signals(ranks)
     training, state = prepare(config, rows, ranks)
     phase = training.phase
     model = training.model
     optimizer = training.optimizer
-    caught = catch_signals(ranks)
     stopping = False
-    saved = state["step"] if checkpoint_steps(config.out) else None
+    saved = state["step"] or None
 
     with attention_backends(training.loader.device):
         while True:
@@ -758,7 +757,8 @@ def main(argv=None):
         say(ranks, f"stopped at step {step}; go on with --resume {config.out}")
     elif ranks.rank == 0:
         # the short texts of the samples are not worth compiling for
-        with torch.compiler.set_stance("force_eager") if optimizer.compile else nullcontext():
+        stance = torch.compiler.set_stance("force_eager") if optimizer.compile else nullcontext()
+        with attention_backends(training.loader.device), stance:
             print_results(training, state, metrics, started)
     if training.lock:
         training.lock.close()

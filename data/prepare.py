@@ -152,6 +152,8 @@ def find_files(flags):
         else:
             warn(f"source {name} has no files and is left out; the other weights are normalised. See: "
                  f"data/prepare.py download --only {name}")
+    if not plan:
+        raise ValueError(f"no source of {flags.mix} has files; see data/prepare.py download")
     return plan
 
 

@@ -182,7 +182,7 @@ def test_what_the_cards_text_states_is_found_and_its_numbers_win_over_its_prose(
     for line in ("| 1. BPB descent past the seed | worse | +0.077558 |",
                  "| 5. WAND bounds | narrower | -0.1659, -0.0689, -0.0362 |",
                  "| Paris: 2 of 2, Au: 2 of 2, 79: 1 of 2, planets: 1 of 2, 2: 0 of 2 |",
-                 "| **Verdict** | **regression**, so far |", "| Full bpb per 2,000 steps | -0.005598 |",
+                 "| **Verdict** | **regression** |", "| Full bpb per 2,000 steps | -0.005598 |",
                  "| Linear projection to step 134,723 | 0.7331 | +0.0084; 24,723 steps remain |",
                  "| `step-108000` | 108,000 | rel_it = 24,077 (warmdown +1,217, lrm = 0.478) | new low",
                  "rel_it = 77 (warmup +77, lrm = 0.039)", "| effective `matrix_lr` peak | 0.0075 | 0.015 |",
@@ -236,7 +236,7 @@ def one_stage(row):
 def test_one_stage_and_one_checkpoint_make_a_report(tmp_path):
     text, reading = write_report(write_run(tmp_path / "bp", {110000: one_stage(card_rows()[0][110000])}))
     assert reading["questions"]["stages"] == [] and reading["questions"]["descent"] == [None]
-    assert "| 3. Routing margin | not measured |" in text and "**not measured**, so far" in text
+    assert "| 3. Routing margin | not measured |" in text and "**not measured**" in text
     assert "WAND p99" not in text and "Change |" not in text
 
 

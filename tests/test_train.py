@@ -657,6 +657,16 @@ def test_damaged_checkpoints_beyond_the_resumed_one_do_not_cost_new_ones_their_o
     assert f"resuming {run / 'step-00010'}" in capsys.readouterr().out
 
 
+def test_an_older_damaged_manifest_does_not_stop_later_saves(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for damage in ("{", "{}"):
+        (run / "step-00003" / "manifest.json").write_text(damage)
+        last = int(checkpoint_steps(run)[-1].name[5:]) + 3
+        train.main(["--resume", str(run), "--num-steps", str(last), "--save-every", "1"])
+        assert checkpoint_steps(run)[-1].name == f"step-{last:05d}" and (run / "step-00003" / "optim").exists()
+
+
 def test_a_run_whose_folder_is_gone_ends_instead_of_going_on_in_a_part_of_it(data, tmp_path, monkeypatch, refused):
     step = MuonAdamW.step
     monkeypatch.setattr(MuonAdamW, "step", lambda self: (step(self), shutil.rmtree(tmp_path / "run", ignore_errors=True)))
