@@ -23,13 +23,11 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-# before torch: it sets how OpenMP's threads wait
-from common import DeviceFlags, choose_device, flag, parse_command, run
-
 import torch
 import torch.nn.functional as F
 
 from checkpoint import BOUNDS_KEY, load_checkpoint, read_json, resolve_checkpoint
+from common import DeviceFlags, choose_device, flag, parse_command, run
 from dataloader import Tokenizer
 from model import PRESETS, Linear, PoE, attention_backends, flops_per_token, norm, softcap, stage_bytes
 from muon import MuonAdamW

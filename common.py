@@ -21,11 +21,6 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-# GNU OpenMP's threads spin at barriers, for a thread that may not be running. Spin briefly, then sleep: a
-# step of `tiny` on two cores took 0.26 to 0.34 s with 1,000 turns or 30,000, and beside one busy program
-# 0.49 s against 1.37 s. OpenMP reads it when torch is imported, so scripts import this file first.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 
 # --------------------------------------------------------------------------------------------------
 # Flags

@@ -30,15 +30,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-# before torch: it sets how OpenMP's threads wait
-from common import DeviceFlags, Ranks, SharedError, choose_device, flag, parse_flags, run
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from checkpoint import (BOUNDS_KEY, checkpoint_steps, load_checkpoint, read_json, read_log,
                         resolve_checkpoint, write_json)
+from common import DeviceFlags, Ranks, SharedError, choose_device, flag, parse_flags, run
 from dataloader import VAL_SEED, open_data, validation_windows
 from model import attention_backends, norm, softcap, stage_bytes
 from report import compare, phase_position, ratio, tables_of, write_report

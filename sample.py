@@ -39,13 +39,11 @@ import time
 from collections import deque, namedtuple
 from dataclasses import dataclass
 
-# before torch: it sets how OpenMP's threads wait
-from common import DeviceFlags, choose_device, flag, parse_flags, run, spelled
-
 import torch
 import torch.nn.functional as F
 
 from checkpoint import BOUNDS_KEY, load_checkpoint, read_json, resolve_checkpoint
+from common import DeviceFlags, choose_device, flag, parse_flags, run, spelled
 from dataloader import Tokenizer, clean_text
 from model import KVCache, attention_backends, combine
 
