@@ -190,8 +190,9 @@ def write_files(folder, rank, model, optimizer, record, state, tokenizer):
 
 
 def drop_optimizer_state(out, step, keep, phase_ends):
-    """Delete the optimizer state of the saves up to `step` but the newest `keep` (-1: all) and those at
-    `phase_ends`.
+    """Delete the optimizer state of the saves up to `step`, but of the newest `keep` and of `phase_ends`.
+
+    keep: -1 or 0 keeps all.
     """
     # steps beyond were skipped as damaged: they must not count as the newest
     paths = [path for path in checkpoint_steps(out) if step_number(path) <= step]

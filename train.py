@@ -437,7 +437,7 @@ def catch_signals(ranks):
 
 
 def git_commit():
-    """The commit of this code, or "unknown" outside a git checkout."""
+    """The commit of this code, or "unknown" where it is no git checkout of its own."""
     if not shutil.which("git"):
         return "unknown"
     here = Path(__file__).resolve().parent
