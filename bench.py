@@ -13,7 +13,6 @@ JSON in the last line.
 """
 import gc
 import json
-import math
 import os
 import re
 import sys
@@ -32,9 +31,17 @@ from dataloader import Tokenizer
 from model import PRESETS, Linear, PoE, attention_backends, flops_per_token, norm, softcap, stage_bytes
 from muon import MuonAdamW
 from report import markdown
-from sample import Engine, Plan, clock, count_new_tokens, decode_timed, kernels_fit, make_plan
-from train import RECIPES, optimizer_groups
-
+from sample import (
+    Engine,
+    Plan,
+    clock,
+    count_new_tokens,
+    decode_timed,
+    decoding_threads,
+    kernels_fit,
+    make_plan,
+)
+from train import PEAK_FLOPS, RECIPES, device_name, optimizer_groups
 
 # --------------------------------------------------------------------------------------------------
 # What both commands need
@@ -96,8 +103,7 @@ def print_result(rows, config, device, dtype, **more):
         values = [row.get(key, "") for key in keys]
         cells.append([f"{value:.6g}" if isinstance(value, float) else str(value) for value in values])
     print(markdown(keys, cells))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(json.dumps({**vars(config), "device": name, "dtype": str(dtype), **more}))
+    print(json.dumps({**vars(config), "device": device_name(device), "dtype": str(dtype), **more}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,24 +118,21 @@ class TrainBench(Bench):
     device_batch_size: int = flag(4, "sequences in a forward and backward pass", low=1)
     compile: bool = flag(None, "compile (default: on cuda)")
 
-    def __post_init__(self):
-        # raises where one is wrong
-        self.labels()
 
-    def labels(self):
-        """{label: (variant's name, sequences in a micro-batch)} of --variants. Raises ValueError."""
-        labels = {}
-        for label in self.variants.split(","):
-            if not re.fullmatch(r"(poe|bp|naive|nanochat)(:[1-9]\d*)?", label):
-                raise ValueError(f"--variants has {label!r}; choose from poe, bp, naive, nanochat, or poe:8")
-            name, _, n_rows = label.partition(":")
-            n_rows = int(n_rows or self.device_batch_size)
-            tokens = n_rows * PRESETS[self.preset].sequence_len
-            if self.total_batch_tokens % tokens:
-                raise ValueError(f"--total-batch-tokens {self.total_batch_tokens} is no multiple of "
-                                 f"{tokens}, a micro-batch of {label}")
-            labels[label] = (name, n_rows)
-        return labels
+def parse_variants(config):
+    """{label: (variant's name, sequences in a micro-batch)} of --variants. Raises ValueError."""
+    found = {}
+    for label in config.variants.split(","):
+        if not re.fullmatch(r"(poe|bp|naive|nanochat)(:[1-9]\d*)?", label):
+            raise ValueError(f"--variants has {label!r}; choose from poe, bp, naive, nanochat, or poe:8")
+        name, _, n_rows = label.partition(":")
+        n_rows = int(n_rows or config.device_batch_size)
+        tokens = n_rows * PRESETS[config.preset].sequence_len
+        if config.total_batch_tokens % tokens:
+            raise ValueError(f"--total-batch-tokens {config.total_batch_tokens} is no multiple of "
+                             f"{tokens}, a micro-batch of {label}")
+        found[label] = (name, n_rows)
+    return found
 
 
 # A way to train. step(model, batches, scale): casts of weights, then forward and backward of micro-batches
@@ -232,14 +235,10 @@ def build_variants(config, device, dtype, compile):
 # --------------------------------------------------------------------------------------------------
 # Training: measuring
 
-# floating-point operations a second of an H100 or H200 in bfloat16, dense, by its data sheet
-NOMINAL_FLOPS = 989e12
-
-
 def free_memory(variants):
     """Let gradients go, and what the allocator keeps of them."""
     for variant in variants.values():
-        variant.model.zero_grad(set_to_none=True)
+        variant.model.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -255,20 +254,18 @@ def time_step(variant, batches, scale, device):
     before = torch.cuda.memory_allocated()
     start = clock(device)
     # as an optimizer's step leaves it
-    variant.model.zero_grad(set_to_none=True)
+    variant.model.zero_grad()
     variant.step(variant.model, batches, scale)
     seconds = clock(device) - start
     peak = torch.cuda.max_memory_allocated()
     return seconds, {"activation_bytes": peak - before, "peak_bytes": peak}
 
 
-def time_steps(config, variants, device):
-    """{label: [(seconds, bytes) of each round]} of forward and backward."""
+def time_steps(config, labels, variants, device):
+    """{label: [(seconds, bytes) of each round]} of forward and backward. labels: of `parse_variants`."""
     shape = PRESETS[config.preset]
-    size = (config.total_batch_tokens // shape.sequence_len, shape.sequence_len + 1)
-    ids = torch.randint(shape.vocab_size, size, device=device)
-    inputs = ids[:, :-1].contiguous()
-    targets = ids[:, 1:].contiguous()
+    size = (2, config.total_batch_tokens // shape.sequence_len, shape.sequence_len)
+    inputs, targets = torch.randint(shape.vocab_size, size, device=device)
     scale = 1 / config.total_batch_tokens
 
     def measure(name, n_rows):
@@ -278,7 +275,7 @@ def time_steps(config, variants, device):
         time_step(variants[name], batches[:1], scale, device)
         return time_step(variants[name], batches, scale, device)
 
-    measures = {label: partial(measure, *what) for label, what in config.labels().items()}
+    measures = {label: partial(measure, *what) for label, what in labels.items()}
     with attention_backends(device):
         return in_rounds(measures, config.bench_repeats)
 
@@ -297,7 +294,7 @@ def time_optimizer(variant, repeats, device):
     return median(times[2:])
 
 
-def bench_train(config):
+def bench_train(**given):
     """Time the training step, variant beside variant, then the optimizers.
 
     poe: stage by stage. bp: one loss at the top. naive: poe the obvious way, by autograd through all logits,
@@ -305,21 +302,23 @@ def bench_train(config):
     nanochat: its own model and optimizer at this shape. Tokens/s and MFU are of forward and backward; MFU is
     of 989 TFLOP/s, an H100's or H200's rate, whatever the device.
     """
+    config = TrainBench(**given)
+    labels = parse_variants(config)
     device, dtype = choose_device(config.device, config.dtype)
     compile = device.type == "cuda" if config.compile is None else config.compile
     variants = build_variants(config, device, dtype, compile)
-    measured = time_steps(config, variants, device)
+    measured = time_steps(config, labels, variants, device)
     rows = []
     for label, rounds in measured.items():
-        name, n_rows = config.labels()[label]
-        row = {"name": label, "device_batch_size": n_rows}
-        row |= spread("fwdbwd_ms", [1e3 * seconds for seconds, _ in rounds])
+        name, n_rows = labels[label]
+        row = {"name": label, "device_batch_size": n_rows,
+               **spread("fwdbwd_ms", [1e3 * seconds for seconds, _ in rounds])}
         if "bp" in measured:
             row["of_bp"] = median(ours / of_bp for (ours, _), (of_bp, _) in zip(rounds, measured["bp"]))
         free_memory(variants)
         row["optimizer_ms"] = time_optimizer(variants[name], config.bench_repeats, device)
         row["tokens_per_s"] = 1e3 * config.total_batch_tokens / row["fwdbwd_ms"]
-        row["mfu"] = variants[name].flops * row["tokens_per_s"] / NOMINAL_FLOPS
+        row["mfu"] = variants[name].flops * row["tokens_per_s"] / PEAK_FLOPS["H100"]
         rows.append(row | rounds[-1][1])
     print_result(rows, config, device, dtype, compile=compile, variants=rows)
 
@@ -331,8 +330,6 @@ PROMPTS = ("The sea was calm that morning, and the old man went down to the harb
            "def read_lines(path):\n    \"\"\"Return the lines of a text file",
            "1, 2, 4, 8, 16, 32, 64, 128, 256,")
 DRAFT_LENGTHS = (1, 2, 4, 8, 12, 16)
-# positions that wait for a lift
-WAITING = 20
 
 
 @dataclass(frozen=True)
@@ -344,66 +341,54 @@ class DecodeBench(Bench):
                                     "cycle", low=0, high=1)
 
 
-def mode_plans(model_config, checkpoint, record):
-    """{name: Plan} of all that can be measured. checkpoint: its folder, or None for random weights. record:
-    its config.json.
-    """
+def mode_plans(model_config, calibration):
+    """{name: Plan} of all that can be measured. calibration: a checkpoint's, for `make_plan`, or {}."""
     K = model_config.n_stage
     plans = {"full": Plan(range(K))}
     if K == 1:
         return plans
     plans["s0 alone"] = Plan(range(1))
     plans |= {f"speculative {m}": Plan(range(K), draft_len=m) for m in DRAFT_LENGTHS}
-    # stage 0 is always sure: the benchmark itself asks for lifts
-    plans["lift"] = Plan(range(K), exits=(-math.inf,) * (K - 1))
-    if checkpoint and (checkpoint / "metrics.json").exists():
-        fitted = {"bounds": record[BOUNDS_KEY], "metrics": read_json(checkpoint / "metrics.json")}
-        plans["wand"] = make_plan(model_config, "wand", **fitted)
-        plans["wand, margins"] = make_plan(model_config, "wand", wand_margin=True, **fitted)
-        plans["routing"] = make_plan(model_config, "routing", **fitted)
+    if calibration:
+        calibrated = partial(make_plan, model_config, **calibration)
+        plans["wand"] = calibrated("wand")
+        plans["wand, margins"] = calibrated("wand", wand_margin=True)
+        plans["routing"] = calibrated("routing")
     return plans
 
 
 def time_cycle(engine, context):
-    """Seconds of a cycle of the engine's plan after a context of ids, the mean of several in a row.
-
-    With early exit a cycle is WAITING passes of stage 0, after which the other stages catch up and decide.
-    """
+    """Seconds of a cycle of the engine's plan after a context of ids, the mean of several in a row."""
     n_cycles = 1 + (engine.model.config.sequence_len - len(context)) // 128
+    device = engine.tokens.device
     engine.begin([context])
-    start = clock(engine.tokens.device)
+    start = clock(device)
     for _ in range(n_cycles):
-        if not engine.plan.exits:
-            engine.start(engine.cycle, engine.plan.draft_len + 1)
-            continue
-        for _ in range(WAITING):
-            engine.start(engine.draft)
-        for k in range(1, engine.last + 1):
-            engine.start_lift(k, WAITING, k == engine.last)
-    return (clock(engine.tokens.device) - start) / n_cycles
+        engine.start(engine.cycle, engine.plan.draft_len + 1)
+    return (clock(device) - start) / n_cycles
 
 
 def decode_texts(engine, prompts, n_new):
     """Continue every prompt: (seconds of a token, share of drafts accepted)."""
     runs = [decode_timed(engine, prompt, n_new) for prompt in prompts]
     seconds = sum(one.seconds for one in runs) / sum(len(one.ids) for one in runs)
-    n_judged = sum(one.judged for one in runs)
-    return seconds, sum(one.accepted for one in runs) / max(1, n_judged)
+    accepted = sum(one.accepted for one in runs) / max(1, sum(one.judged for one in runs))
+    return seconds, accepted
 
 
-def bench_decode(checkpoint, config):
+def bench_decode(checkpoint, **given):
     """Time greedy decoding of one row, mode beside mode: whole texts, and single cycles.
 
     Cycles follow a quarter of the context, 512 tokens for 3b. A cycle of m drafts gives (1 - p^(m+1)) / (1 -
-    p) tokens where each draft is accepted with probability p, --acceptance. lift: stage 0 runs 20 tokens
-    ahead, then the other stages catch up and decide. Random weights accept no drafts, so with --preset
-    speculation is timed by its cycles alone. Early exit (wand, routing) is measured where evaluate.py has
-    calibrated the checkpoint. gigabytes_per_s: of weights read.
+    p) tokens where each draft is accepted with probability p, --acceptance. Random weights accept no drafts,
+    so with --preset speculation is timed by its cycles alone. Early exit (wand, routing) is measured where
+    evaluate.py has calibrated the checkpoint. gigabytes_per_s: of weights read.
     """
+    config = DecodeBench(**given)
     if (checkpoint is None) == (config.preset is None):
         raise ValueError("give a checkpoint (a step-XXXXX folder or a run), or --preset for random weights")
     device, dtype = choose_device(config.device, config.dtype)
-    path = record = None
+    calibration = {}
     if config.preset:
         model = random_model(config.preset, device, dtype).freeze_for_inference()
         tokenizer = Tokenizer.load(vocab_size=model.config.vocab_size)
@@ -411,19 +396,22 @@ def bench_decode(checkpoint, config):
         path = resolve_checkpoint(checkpoint)
         model, record, _ = load_checkpoint(path, device, dtype)
         tokenizer = Tokenizer.load(path)
+        metrics = path / "metrics.json"
+        if metrics.exists():
+            calibration = {"bounds": record.get(BOUNDS_KEY), "metrics": read_json(metrics)}
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     n_new = count_new_tokens(model.config, prompts, config.max_new_tokens, default=256)
     context = [tokenizer.bos] * (model.config.sequence_len // 4)
-    plans = mode_plans(model.config, path, record)
-    engines = {name: Engine(model, plan, fast=kernels_fit(model)) for name, plan in plans.items()}
+    plans = mode_plans(model.config, calibration)
     text_measures = {}
     cycle_measures = {}
     for name, plan in plans.items():
-        if name == "lift" or not plan.exits:
-            cycle_measures[name] = partial(time_cycle, engines[name], context)
-        if name != "lift" and not (config.preset and plan.draft_len):
-            text_measures[name] = partial(decode_texts, engines[name], prompts, n_new)
-    with attention_backends(device):
+        engine = Engine(model, plan, fast=kernels_fit(model))
+        if not plan.exits:
+            cycle_measures[name] = partial(time_cycle, engine, context)
+        if not (config.preset and plan.draft_len):
+            text_measures[name] = partial(decode_texts, engine, prompts, n_new)
+    with attention_backends(device), decoding_threads(model):
         texts = in_rounds(text_measures, config.bench_repeats)
         cycles = in_rounds(cycle_measures, config.bench_repeats)
     rows = []
@@ -441,7 +429,7 @@ def bench_decode(checkpoint, config):
             cycle = median(cycles[name])
             n_tokens = sum(config.acceptance ** n for n in range(plan.draft_len + 1))
             row["cycle_ms"] = 1e3 * cycle
-            row["tokens_per_s_at_acceptance"] = (WAITING if plan.exits else n_tokens) / cycle
+            row["tokens_per_s_at_acceptance"] = n_tokens / cycle
         rows.append(row)
     print_result(rows, config, device, dtype, checkpoint=checkpoint, max_new_tokens=n_new, modes=rows)
 
@@ -450,10 +438,7 @@ def main(argv=None):
     checkpoint = ("checkpoint", "?", "a step-XXXXX directory, or a run: its newest")
     commands = {"train": (bench_train, TrainBench, []), "decode": (bench_decode, DecodeBench, [checkpoint])}
     name, given = parse_command(commands, __doc__, argv)
-    if name == "train":
-        bench_train(TrainBench(**given))
-    else:
-        bench_decode(given.pop("checkpoint"), DecodeBench(**given))
+    commands[name][0](**given)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Checkpoints of a run: saving, checking, reading, resuming, pruning, and the run's log.
 
-    RUN/config.json         what the run was started with
+    RUN/config.json         what the run was started with; paths of data are relative to RUN
         log.jsonl           a JSON object a step and a validation
         step-XXXXX/         a checkpoint:
             config.json     architecture, tokenizer, step, phase table; calibration adds poe_wand_* keys
@@ -37,8 +37,7 @@ BOUNDS_KEY = "poe_wand_p99_bounds_per_stage_head"       # in a calibrated checkp
 
 def checkpoint_steps(run):
     """The step directories of a run, ordered by number (as text step-100000 sorts before step-84000)."""
-    paths = [path for path in Path(run).glob("step-*") if re.fullmatch(r"step-\d+", path.name)
-             and path.is_dir()]
+    paths = [path for path in Path(run).glob("step-*/") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(paths, key=step_number)
 
 
@@ -60,12 +59,35 @@ def resolve_checkpoint(path):
 
 def read_json(path):
     """The JSON value in a file."""
-    return json.loads(Path(path).read_text())
+    return json.loads(path.read_text())
 
 
 def write_json(path, value):
     """Write a JSON file whole or not at all. A hard link to the old file elsewhere keeps the old content."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def with_data_paths(record, convert):
+    """A config.json's content with `convert` applied to the paths of data in it; "", the sample, stays."""
+    phases = [row | {"mix": row["mix"] and convert(row["mix"])} for row in record["phases"]]
+    return record | {"train": record["train"] | {"data": phases[-1]["mix"]}, "phases": phases}
+
+
+def recorded_in(run, record):
+    """What config.json in `run` holds for this record, whose paths of data are as seen from here."""
+    return with_data_paths(record,
+                           lambda path: os.path.relpath(os.path.realpath(path), os.path.realpath(run)))
+
+
+def read_record(folder):
+    """config.json of a run or checkpoint, with absolute paths of data."""
+    folder = Path(folder)
+    run = folder.parent if (folder / "manifest.json").exists() else folder
+    record = read_json(folder / "config.json")
+    if "phases" not in record:
+        raise ValueError(f"{folder / 'config.json'} was not written by train.py; name a run of its making")
+    return with_data_paths(record,
+                           lambda path: os.path.normpath(os.path.join(os.path.realpath(run), path)))
 
 
 def digest(path):
@@ -76,21 +98,20 @@ def digest(path):
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def verify_checkpoint(path, skip_optimizer=False, share=(0, 1)):
+def verify_checkpoint(path, skip_optimizer=False, first=0, every=1):
     """Check a step directory against its manifest; return the manifest's {file: sha256}.
 
-    skip_optimizer: leave out optim/, for readers of the weights alone. share: (i, n), check only every n-th
-    file, from the i-th. Raises ValueError that names the file which is missing or altered.
+    skip_optimizer: leave out optim/, for readers of the weights alone. first, every: check only every n-th
+    file, from the first on. Raises ValueError that names the file which is missing or altered.
     """
-    path = Path(path)
     try:
         files = read_json(path / "manifest.json")["files"]
-        for number, (name, sha256) in enumerate(files.items()):
+        for name in list(files)[first::every]:
             if name.startswith("/") or ".." in Path(name).parts:
                 raise ValueError(f"its manifest names {name}, outside of it")
-            if (skip_optimizer and name.startswith("optim/")) or number % share[1] != share[0]:
+            if skip_optimizer and name.startswith("optim/"):
                 continue
-            if digest(path / name) != sha256:
+            if digest(path / name) != files[name]:
                 raise ValueError(f"{name} was altered or cut")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is not a whole checkpoint ({e}); use another step") from None
@@ -114,7 +135,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
     path = resolve_checkpoint(path)
     files = verify_checkpoint(path, skip_optimizer=True)
     record = read_json(path / "config.json")
-    model = PoE.from_config(record["model"], load_tensors(path / "model.pt"), compute_dtype=dtype)
+    model = PoE.from_config(record["model"], load_tensors(path / "model.pt"), dtype)
     return model.to(device).freeze_for_inference(), record, files["model.pt"]
 
 
@@ -143,6 +164,8 @@ def save_checkpoint(out, ranks, model, optimizer, record, state, tokenizer):
     """
     final = out / f"step-{state['step']:05d}"
     temporary = out / f".tmp-{final.name}"
+    # this rank's files
+    written = [f"optim/rank-{ranks.rank:05d}.pt"]
     try:
         with ranks.together():
             if ranks.rank == 0:
@@ -151,12 +174,28 @@ def save_checkpoint(out, ranks, model, optimizer, record, state, tokenizer):
                 temporary.mkdir()
                 (temporary / "optim").mkdir()
         with ranks.together():
-            digests = write_files(temporary, ranks.rank, model, optimizer, record, state, tokenizer)
-        digests = ranks.gather(digests)
+            try:
+                torch.save(optimizer.state_dict(), temporary / written[0])
+                if ranks.rank == 0:
+                    torch.save(model.state_dict(), temporary / "model.pt")
+                    write_json(temporary / "config.json", record | {"step": state["step"]})
+                    write_json(temporary / "state.json", state)
+                    texts = tokenizer.files()
+                    for name, content in texts.items():
+                        (temporary / name).write_bytes(content)
+                    written += ["model.pt", "config.json", "state.json", *texts]
+            except RuntimeError as e:
+                # what torch.save raises when the disk is full
+                raise OSError(str(e).splitlines()[0]) from None
+            for name in written:
+                sync(temporary / name)
+            digests = {name: digest(temporary / name) for name in written}
+        files = {}
+        for of_rank in ranks.gather(digests):
+            files |= of_rank
         with ranks.together():
             if ranks.rank == 0:
-                write_manifest(temporary, {name: sha256 for of_rank in digests for name,
-                                           sha256 in of_rank.items()})
+                write_manifest(temporary, files)
                 sync(temporary / "optim")
                 # there only where a resume found it damaged and trained that step again
                 shutil.rmtree(final, ignore_errors=True)
@@ -167,26 +206,6 @@ def save_checkpoint(out, ranks, model, optimizer, record, state, tokenizer):
         raise SharedError(f"{final} could not be written ({e}); the checkpoints before it are whole: "
                           f"free disk space, then train.py --resume {out}") from None
     return final
-
-
-def write_files(folder, rank, model, optimizer, record, state, tokenizer):
-    """Write this rank's files of a checkpoint and flush them to disk; return {file: sha256}."""
-    written = [f"optim/rank-{rank:05d}.pt"]
-    try:
-        torch.save(optimizer.state_dict(), folder / written[0])
-        if rank == 0:
-            torch.save(model.state_dict(), folder / "model.pt")
-            texts = {"config.json": json.dumps({**record, "step": state["step"]}, indent=1).encode(),
-                     "state.json": json.dumps(state).encode(), **tokenizer.files()}
-            for name, content in texts.items():
-                (folder / name).write_bytes(content)
-            written += ["model.pt", *texts]
-    except RuntimeError as e:
-        # what torch.save raises when the disk is full
-        raise OSError(str(e).splitlines()[0]) from None
-    for name in written:
-        sync(folder / name)
-    return {name: digest(folder / name) for name in written}
 
 
 def drop_optimizer_state(out, step, keep, phase_ends):
@@ -205,18 +224,18 @@ def drop_optimizer_state(out, step, keep, phase_ends):
             # damaged: left as it is, for its owner to look at
             continue
         # the manifest first: a run that is killed between the two leaves files that nothing reads
-        kept = {name: sha256 for name, sha256 in files.items() if not name.startswith("optim/")}
-        write_manifest(path, kept)
+        write_manifest(path, {name: files[name] for name in files if not name.startswith("optim/")})
         shutil.rmtree(path / "optim")
 
 
 def place_seed(parent, files, out):
     """Put the files of a checkpoint into the new run `out` as its first: hard links where possible, else
-    copies.
+    copies. config.json is written anew, because its paths are relative to the run.
     """
-    final = out / f"step-{read_json(parent / 'state.json')['step']:05d}"
+    record = read_record(parent)
+    final = out / f"step-{record['step']:05d}"
     temporary = out / f".tmp-{final.name}"
-    for name in [*files, "manifest.json"]:
+    for name in files:
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -226,6 +245,8 @@ def place_seed(parent, files, out):
             # another file system
             shutil.copyfile(parent / name, target)
             sync(target)
+    write_json(temporary / "config.json", recorded_in(out, record))
+    write_manifest(temporary, files | {"config.json": digest(temporary / "config.json")})
     for folder in {(temporary / name).parent for name in files}:
         sync(folder)
     os.rename(temporary, final)
@@ -247,7 +268,7 @@ def newest_whole(out, ranks, reset_at=None):
     for path in reversed(paths):
         try:
             with ranks.together():
-                files = verify_checkpoint(path, share=(ranks.rank, ranks.world_size))
+                files = verify_checkpoint(path, first=ranks.rank, every=ranks.world_size)
                 if step_number(path) != reset_at and not any(name.startswith("optim/") for name in files):
                     raise ValueError(f"{path} holds no optimizer state (see --keep-optim)")
             return path
@@ -259,7 +280,7 @@ def newest_whole(out, ranks, reset_at=None):
     return None
 
 
-def restore(path, model, optimizer=None):
+def restore(path, model, optimizer):
     """Load a checkpoint's weights and the optimizer state that this rank owns, from any number of ranks'
     files.
     """
@@ -280,7 +301,7 @@ def read_log(path):
     """The entries of a log.jsonl, dicts with `kind` and `step`; the last line that a killed run left half is
     left out.
     """
-    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     entries = []
     for line in lines:
         try:

@@ -14,13 +14,15 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import inspect
 import math
 import os
 import re
 import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
-
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -43,6 +45,10 @@ class DeviceFlags:
                       choices=("float32", "bfloat16", "float64"))
 
 
+def is_first_rank():
+    return os.environ.get("RANK", "0") == "0"
+
+
 def spelled(name):
     """The flag of a dataclass field: peak_lrm is --peak-lrm."""
     return "--" + name.replace("_", "-")
@@ -53,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if _rank() == 0 else None)
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if is_first_rank() else None)
 
 
 def _converter(kind, path=False, low=-math.inf, high=math.inf, **_):
@@ -106,7 +112,7 @@ def parse_command(commands, description, argv=None):
     parser = _Parser(description=description)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
     for name, (function, cls, positionals) in commands.items():
-        text = function.__doc__
+        text = inspect.cleandoc(function.__doc__)
         subparser = subparsers.add_parser(name, description=text, help=text.splitlines()[0])
         _add_flags(subparser, cls, positionals)
     given = vars(parser.parse_args(argv))
@@ -116,7 +122,11 @@ def parse_command(commands, description, argv=None):
 # --------------------------------------------------------------------------------------------------
 # The device and the ranks
 
-def choose_device(device=None, dtype=None, ranks=None):
+# seconds after which a rank says that it waits for others
+PATIENCE = 10
+
+
+def choose_device(device, dtype, ranks=None):
     """(torch.device, torch.dtype) from their names; the current CUDA device is set.
 
     None takes cuda where there is one, and bfloat16 there or float32 elsewhere. ranks: under torchrun each
@@ -126,20 +136,16 @@ def choose_device(device=None, dtype=None, ranks=None):
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device or "cpu"):
         raise ValueError(f"--device {device} is not one of cpu, cuda, cuda:0, cuda:1, ...")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and ranks and ranks.world_size > 1:
-        if chosen.index is not None:
-            raise ValueError(f"--device {device} is one GPU for {ranks.world_size} ranks; leave it out")
-        chosen = torch.device("cuda", ranks.local_rank)
     if chosen.type == "cuda":
+        if ranks and ranks.world_size > 1:
+            if chosen.index is not None:
+                raise ValueError(f"--device {device} is one GPU for {ranks.world_size} ranks; leave it out")
+            chosen = torch.device("cuda", ranks.local_rank)
         if (chosen.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"{chosen} is not there: this machine has {torch.cuda.device_count()} CUDA "
                              f"devices")
         torch.cuda.set_device(chosen.index or 0)
     return chosen, getattr(torch, dtype or ("bfloat16" if chosen.type == "cuda" else "float32"))
-
-
-def _rank():
-    return int(os.environ.get("RANK", "0"))
 
 
 class SharedError(ValueError):
@@ -156,14 +162,20 @@ class Ranks:
     """
 
     def __init__(self):
-        self.rank = _rank()
+        self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if self.world_size > 1:
             import torch
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            text = f"rank {self.rank} still waits for the others of WORLD_SIZE={self.world_size}, which " \
+                   f"torchrun sets; unset it where it is left over\n"
+            waiting = threading.Timer(PATIENCE, os.write, (2, text.encode()))
+            waiting.daemon = True
+            waiting.start()
             torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+            waiting.cancel()
             # torchrun's count is each node's own
             self.restarted = any(self.gather(self.restarted))
 
@@ -228,7 +240,7 @@ def run(main):
         code = 130
     except (ValueError, OSError) as error:
         code = 2
-        if _rank() == 0 or not isinstance(error, SharedError):
+        if is_first_rank() or not isinstance(error, SharedError):
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
@@ -244,6 +256,27 @@ def run(main):
         sys.exit(code)
 
 
+class Progress:
+    """How far a piece of work is and when it will be done, on stderr: on a terminal one line with a bar, else
+    a line every ten seconds.
+    """
+    label = None
+
+    def __call__(self, label, done, total):
+        now = time.monotonic()
+        if label != self.label:
+            self.label = label
+            self.begun = self.shown = now
+        terminal = sys.stderr.isatty()
+        if now - self.shown > (0.2 if terminal else 10) or terminal and done == total:
+            self.shown = now
+            eta = (now - self.begun) / max(done, 1) * (total - done)
+            bar = f"\r[{'#' * (20 * done // total):<20}] " if terminal else ""
+            end = "" if terminal and done < total else "\n"
+            print(f"{bar}{label} {done:,} of {total:,} eta:{eta:.0f}s  ", end=end, file=sys.stderr,
+                  flush=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 
@@ -257,8 +290,7 @@ def write_whole(path, *parts):
     """Write a file (parts: bytes-like), whole or not at all: what gets its name is on the disk already."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as f:
-        for part in parts:
-            f.write(part)
+        f.writelines(parts)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)

@@ -11,17 +11,20 @@ batches, and seeking to any step costs the same. Rank and world size are argumen
 
 A shard is a 128-byte header (see HEADER: magic, version, counts, the tokenizer's sha256) and uint16 tokens,
 little endian. Every document begins with `<|bos|>`. A window may span documents; there is no document mask.
-Validation documents are chosen by a hash of their text, so that no rank, epoch or re-tokenisation trains on
-them. Without a data folder, the text sample embedded in data/sample/ is tokenised in memory.
+Validation documents are chosen by a hash of their text, so that no rank or epoch trains on them, and no
+re-tokenisation with the same --val-fraction. Without a data folder, the text sample embedded in data/sample/
+is tokenised in memory.
 
 Not here: downloading and tokenising corpora (data/prepare.py), the model, the loss. torch is imported where
 batches are made, so that the worker processes of data/prepare.py do without it.
 """
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
 import lzma
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,8 @@ SAMPLE = [{"name": "prose", "weight": 40}, {"name": "encyclopedia", "weight": 30
 SAMPLE_VAL_FRACTION = 0.01
 # characters encoded at a time: tiktoken's regex overflows its stack near a million spaces
 PIECE = 2 ** 18
+# the most text that ends where it can be cut, see `cut`
+CUT = re.compile(r"(?s).+(?:(?<=\S)(?= )|(?<=[^\W_])(?=\n))")
 # The split pattern of our tokenizers is GPT-4's with digits in groups of at most two. FAST_PATTERN finds the
 # same matches 1.6 times as fast: the engine runs the group, free of look-around and possessive quantifiers,
 # as one automaton. (A possessive quantifier changes nothing here, since what follows each of the two cannot
@@ -56,6 +61,15 @@ FAST_PATTERN = (r"(?:'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| 
 VAL_SEED = 20_260_411
 # micro-batches
 READ_AHEAD = 4
+
+
+@contextlib.contextmanager
+def reading(what, remedy):
+    """Raise ValueError, naming what and remedy, where a file that the block reads is missing or damaged."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
+        raise ValueError(f"{what} cannot be read ({e!r}); {remedy}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,25 +98,21 @@ class Tokenizer:
     def load(cls, folder=HERE, vocab_size=None):
         """Read a folder's tokenizer.txt (lines of base64 token, rank) and tokenizer.json (pattern).
 
-        vocab_size: how many of its ids to take; None takes all, 65,536 at most. Raises OSError or ValueError,
-        naming the folder.
+        vocab_size: how many of its ids to take; None takes all, 65,536 at most. Raises ValueError, naming the
+        folder.
         """
-        folder = Path(folder)
-        try:
-            lines = (folder / "tokenizer.txt").read_bytes().splitlines()
+        with reading(f"the tokenizer in {folder}", "copy it anew"):
+            lines = Path(folder, "tokenizer.txt").read_bytes().splitlines()
             table = {int(rank): base64.b64decode(token, validate=True)
                      for token, rank in map(bytes.split, lines)}
             ranks = [table[rank] for rank in range(len(lines))]
             # every byte must be a token: the last of them and bos are the fewest ids that there can be
             least = 2 + max(ranks.index(bytes([b])) for b in range(256))
             most = min(len(ranks) + 1, 2 ** 16)
-            if vocab_size is None:
-                vocab_size = most
-            pattern = json.loads((folder / "tokenizer.json").read_text())["pattern"]
+            vocab_size = vocab_size or most
+            pattern = json.loads(Path(folder, "tokenizer.json").read_text())["pattern"]
             # refuses what is no regex
             tokenizer = cls(ranks[:vocab_size - 1], pattern)
-        except (RecursionError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"the tokenizer in {folder} is not readable ({e!r}); copy it anew") from None
         if not least <= vocab_size <= most:
             raise ValueError(f"vocab_size {vocab_size} does not fit the tokenizer in {folder}, which has "
                              f"{most} ids; choose --vocab-size from {least} to {most}")
@@ -123,23 +133,15 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """As `encode`, uint16 (n,). Long text is encoded in pieces, see `cut_text`."""
-        text = clean_text(text)
-        start = 0
-        parts = [np.array([self.bos], dtype=np.uint16)]
-        while start < len(text):
-            stop = cut_text(text, start)
-            tokens = self.encoding.encode_to_numpy(text[start:stop], disallowed_special=())
-            # ids fit in 16 bits: see `load`
-            parts.append(tokens.astype(np.uint16))
-            start = stop
-        return np.concatenate(parts)
+        """As `encode`, uint16 (n,). Long text is encoded in pieces, see `cut`."""
+        # ids fit in 16 bits: see `load`
+        parts = [self.encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.uint16)
+                 for piece in cut(clean_text(text))]
+        return np.concatenate([np.uint16([self.bos]), *parts])
 
     def encode_documents(self, texts):
         """Concatenate documents, each beginning with bos: uint16 (n,)."""
-        # tiktoken works outside the interpreter lock
-        with ThreadPoolExecutor(2) as pool:
-            return np.concatenate(list(pool.map(self.encode_array, texts)))
+        return np.concatenate([*map(self.encode_array, texts)])
 
     def decode_bytes(self, ids):
         """The UTF-8 bytes of ids; bos stands for none."""
@@ -157,51 +159,54 @@ def clean_text(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def cut_text(text, start):
-    """Where to end a piece of at most PIECE characters from `start`, so that pieces give the whole's tokens.
+def cut(text):
+    """Yield text in pieces of at most PIECE characters, so that their tokens are those of the whole.
 
-    That is before a space that follows something other than white space, or before a newline that follows a
-    letter or a digit: no match of a split pattern of GPT-2's or GPT-4's kind lies across it, and none looks
-    behind. Text without such a place is cut after PIECE characters, and the tokens at that place may differ
-    from those of the whole.
+    A piece ends before a space that follows something other than white space, or before a newline that
+    follows a letter or a digit: no match of a split pattern of GPT-2's or GPT-4's kind lies across it, and
+    none looks behind. Text without such a place is cut after PIECE characters, and the tokens at that place
+    may differ from those of the whole.
     """
-    end = min(start + PIECE, len(text))
-    if end == len(text):
-        return end
-    for stop in range(end - 1, start, -1):
-        before = text[stop - 1]
-        if text[stop] == " " and not before.isspace() or text[stop] == "\n" and before.isalnum():
-            return stop
-    return end
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        match = end < len(text) and CUT.match(text, start, end)
+        if match:
+            end = match.end()
+        yield text[start:end]
+        start = end
 
 
 def is_validation(text, fraction):
     """Whether a document is held out: a function of its text alone."""
-    return int.from_bytes(hashlib.sha256(clean_text(text).encode()).digest()[:8], "big") < fraction * 2 ** 64
+    return int(hashlib.sha256(clean_text(text).encode()).hexdigest()[:16], 16) < fraction * 2 ** 64
 
 
 # --------------------------------------------------------------------------------------------------
 # Shards
 
+def _header(tokenizer, n_tokens, n_documents):
+    return np.array([(SHARD_MAGIC, SHARD_VERSION, tokenizer.vocab_size, n_tokens, n_documents,
+                      tokenizer.sha256.encode(), b"")], HEADER)
+
+
 def write_shard(path, tokens, n_documents, tokenizer):
     """Write tokens (uint16) as one shard, whole or not at all."""
-    header = np.array([(SHARD_MAGIC, SHARD_VERSION, tokenizer.vocab_size, len(tokens), n_documents,
-                        tokenizer.sha256.encode(), b"")], dtype=HEADER)
+    header = _header(tokenizer, len(tokens), n_documents)
     write_whole(path, header.tobytes(), np.ascontiguousarray(tokens, dtype="<u2"))
 
 
 def open_shard(path, tokenizer):
     """Map a shard's tokens, uint16 (n,). Raises OSError or ValueError when it is missing, cut or foreign."""
     with open(path, "rb") as f:
-        header = np.frombuffer(f.read(HEADER.itemsize).ljust(HEADER.itemsize), HEADER)[0]
-        n_tokens = (f.seek(0, 2) - HEADER.itemsize) / 2
-    if header["magic"] != SHARD_MAGIC or header["version"] != SHARD_VERSION or header["n_tokens"] != n_tokens:
-        raise ValueError(f"{path} was cut or is not a token shard of version {SHARD_VERSION}; delete it and "
-                         f"run data/prepare.py tokenize again")
-    if header["tokenizer_sha256"] != tokenizer.sha256.encode():
-        raise ValueError(f"{path} was written with another tokenizer, of {header['vocab_size']} ids, than "
-                         f"this one of {tokenizer.vocab_size}; give the --vocab-size of the data")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.itemsize, shape=(int(n_tokens),))
+        header = np.frombuffer(f.read(HEADER.itemsize).ljust(HEADER.itemsize), HEADER)
+        n_tokens = max(0, f.seek(0, 2) - HEADER.itemsize) // 2
+    if header != _header(tokenizer, n_tokens, header["n_documents"][0]):
+        raise ValueError(f"{path} was cut, is not a token shard of version {SHARD_VERSION}, or was written "
+                         f"with another tokenizer, of {header['vocab_size'][0]} ids, than this one of "
+                         f"{tokenizer.vocab_size}; give the --vocab-size of the data, or delete it and run "
+                         f"data/prepare.py tokenize again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.itemsize, shape=n_tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,13 +227,11 @@ class Source:
         """Tokens of window w, uint16 (T + 1,), joined across shards where it crosses an end."""
         start = w * T
         stop = start + T + 1
-        pieces = []
-        while start < stop:
-            shard = np.searchsorted(self.starts, start, side="right") - 1
-            begin = self.starts[shard]
-            pieces.append(self.shards[shard][start - begin:stop - begin])
-            start += len(pieces[-1])
-        return np.concatenate(pieces)
+        # the shards of its first token to that of its last
+        first = np.searchsorted(self.starts, start, side="right") - 1
+        end = np.searchsorted(self.starts, stop)
+        return np.concatenate([self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]]
+                               for i in range(first, end)])
 
 
 def _mix64(x):
@@ -246,16 +249,16 @@ def permute(index, n, key):
     """
     half = np.array([max(1, (int(size) - 1).bit_length() + 1 >> 1) for size in n], dtype=np.uint64)
     low = (1 << half) - 1
-    out = index.copy()
-    todo = np.ones(len(index), dtype=bool)
+    out = index
+    todo = n > 0
     while todo.any():
-        left = out[todo] >> half[todo]
-        right = out[todo] & low[todo]
+        left = out >> half
+        right = out & low
         for round_key in range(4):
-            mixed = left ^ (_mix64(right + _mix64(key[todo] + round_key)) & low[todo])
+            mixed = left ^ (_mix64(right + _mix64(key + round_key)) & low)
             left = right
             right = mixed
-        out[todo] = (left << half[todo]) | right
+        out = np.where(todo, (left << half) | right, out)
         todo = out >= n
     return out
 
@@ -264,9 +267,10 @@ class Mix:
     """Sources mixed by weight: global sample i maps to a window by arithmetic alone.
 
     A deck of cards, as many of each source as its weight says, is dealt over and over. Its order is
-    stratified: the j-th of a source's c cards stands at a random place of the j-th c-th of the deck, so the
-    count of any source in any prefix is within one card of its share. The n-th card of a source takes window
-    n of its stream; each epoch of the stream is reshuffled by its own permutation.
+    stratified: the j-th of a source's c cards is drawn a random place in the j-th c-th of the deck, so the
+    count of any source in any prefix stays near its share: within 2.6 of the 991 cards for frontier_v1 (2,000
+    seeds), and in every mix within one card more than there are sources. The n-th card of a source takes
+    window n of its stream; each epoch of the stream is reshuffled by its own permutation.
     """
 
     def __init__(self, sources, sequence_len, seed, vocab_size=2 ** 16):
@@ -278,7 +282,8 @@ class Mix:
             if source.n_tokens <= sequence_len:
                 raise ValueError(f"source {source.name} has {source.n_tokens} tokens, less than one window "
                                  f"of {sequence_len + 1}; add text to it, drop it, lower --sequence-len or, "
-                                 f"for validation, hold out more (data/prepare.py tokenize --val-fraction)")
+                                 f"for validation, hold out more (data/prepare.py tokenize --val-fraction) "
+                                 f"before training")
         self.windows = np.array([(source.n_tokens - 1) // sequence_len for source in sources], np.uint64)
         # A card is a tenth of a percent. Where weights are no tenths, or many, take about a thousand cards.
         tenths = np.array([10 * source.weight for source in sources])
@@ -326,14 +331,14 @@ class Mix:
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def n_in_first_epoch(self):
-        """How many samples can be drawn before any window comes twice."""
+    def first_repeats(self):
+        """For each source, the first sample that is a window of it for the second time."""
         repeats = []
         for s, n in enumerate(self.windows.tolist()):
             # sample n of the source, counted from 0, is its first window again
             places = np.flatnonzero(self.deck == s)
             repeats.append(n // len(places) * len(self.deck) + int(places[n % len(places)]))
-        return min(repeats)
+        return repeats
 
 
 @dataclass(frozen=True)
@@ -349,16 +354,13 @@ class Data:
     sha256: str
     entries: list
 
-    def train(self, sequence_len, seed):
-        return self._mix("train", sequence_len, seed)
-
-    def val(self, sequence_len):
-        return self._mix("val", sequence_len, VAL_SEED)
-
-    def _mix(self, split, sequence_len, seed):
+    def train(self, sequence_len, seed, split="train"):
         sources = [Source(entry["name"], entry["weight"], self._shards(entry, split))
                    for entry in self.entries]
         return Mix(sources, sequence_len, seed, self.tokenizer.vocab_size)
+
+    def val(self, sequence_len):
+        return self.train(sequence_len, VAL_SEED, "val")
 
     def _shards(self, entry, split):
         if self.path:
@@ -378,21 +380,18 @@ def open_data(path="", vocab_size=None):
 
     vocab_size: ids that the model has. None takes the tokenizer whole; a lower one takes its first ids, which
     the embedded sample alone can be read with: shards keep to the tokenizer that they were written with.
-    Raises OSError or ValueError naming the file and the remedy.
+    Raises ValueError naming the file and the remedy.
     """
     if not path:
         tokenizer = Tokenizer.load(vocab_size=vocab_size)
         content = b"".join(_sample_file(entry).read_bytes() for entry in SAMPLE)
         return Data("", tokenizer, hashlib.sha256(content + tokenizer.sha256.encode()).hexdigest(), SAMPLE)
-    try:
+    with reading(f"manifest.json in {path}", "make it with data/prepare.py tokenize, or leave --data out for "
+                                             "the embedded sample"):
         entries = json.loads(Path(path, "manifest.json").read_text())["sources"]
-        content = []
-        for entry in entries:
-            hashes = [shard.get("sha256", shard["file"]) for shard in entry["train"] + entry["val"]]
-            content.append([entry["name"], entry["weight"], hashes])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} has no manifest.json that can be read ({e!r}); make it with "
-                         f"data/prepare.py tokenize, or leave --data out for the embedded sample") from None
+        content = [[entry["name"], entry["weight"],
+                    [shard.get("sha256", shard["file"]) for shard in entry["train"] + entry["val"]]]
+                   for entry in entries]
     tokenizer = Tokenizer.load(path, vocab_size)
     sha256 = hashlib.sha256(json.dumps([content, tokenizer.sha256]).encode()).hexdigest()
     return Data(str(path), tokenizer, sha256, entries)
@@ -404,11 +403,14 @@ def validation_windows(mix, n_tokens, flag):
     Raises ValueError when the mix has fewer (a window that came twice would be counted twice), or it is none.
     """
     n = n_tokens // mix.T
-    most = mix.n_in_first_epoch()
+    repeats = mix.first_repeats()
+    most = min(repeats)
     if not 1 <= n <= most:
-        raise ValueError(f"{flag} {n_tokens} must be from {mix.T} (one window) to {most * mix.T}, the "
-                         f"validation text in the mix's proportions; lower it, or hold out more of your own "
-                         f"data with data/prepare.py tokenize --val-fraction")
+        scarce = mix.sources[repeats.index(most)].name
+        raise ValueError(f"{flag} {n_tokens} must be from {mix.T} (one window) to {most * mix.T}, where "
+                         f"source {scarce} has no more validation text; lower it, give --data with more "
+                         f"text, or, before anything is trained, hold out more with data/prepare.py "
+                         f"tokenize --val-fraction")
     return n
 
 

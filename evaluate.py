@@ -11,8 +11,9 @@ first `--wand-tokens` calibrate bounds and thresholds; rates are reported on pos
 document has no position in the calibration part (`Slice`). bpb, accuracy and alpha use all of it. Targets
 that are special tokens count nowhere.
 
-Every rate is a ratio of float64 sums, kept per block of documents, so that standard errors are clustered by
-document, and differences between two checkpoints have paired ones (report.py). Ranks share the windows and
+Every figure is a ratio of float64 sums. Its standard error is its spread over a bootstrap of blocks of
+documents (`block_weights`), because positions of a document are alike; thresholds are fitted anew in each
+resample. Differences between two checkpoints have paired ones (report.py). Ranks share the windows and
 add up their sums. Memory is bounded by a chunk of tokens, a few bytes per token of the slice and one per
 token of a validation shard.
 
@@ -24,8 +25,7 @@ Broder et al., CIKM 2003.
 import hashlib
 import json
 import math
-import sys
-import time
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,20 +34,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (BOUNDS_KEY, checkpoint_steps, load_checkpoint, read_json, read_log,
-                        resolve_checkpoint, write_json)
-from common import DeviceFlags, Ranks, SharedError, choose_device, flag, parse_flags, run
+from checkpoint import (
+    BOUNDS_KEY,
+    checkpoint_steps,
+    load_checkpoint,
+    read_json,
+    read_log,
+    read_record,
+    resolve_checkpoint,
+    write_json,
+)
+from common import (
+    DeviceFlags,
+    Progress,
+    Ranks,
+    SharedError,
+    choose_device,
+    flag,
+    parse_flags,
+    run,
+)
 from dataloader import VAL_SEED, open_data, validation_windows
 from model import attention_backends, norm, softcap, stage_bytes
-from report import compare, phase_position, ratio, tables_of, write_report
-from sample import Engine, Plan, decode_timed, kernels_fit
+from report import compare, phase_position, read_row, summary, write_report
+from sample import Engine, Plan, decode_timed, decoding_threads, kernels_fit
 from schedule import phase_of
 
-FORMAT = 1                      # of metrics.json
-SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibrates
+FORMAT = 2                      # of metrics.json
+SPLIT_TOKENS = 1_048_576        # the card's slice, and what of it calibrates
+WAND_TOKENS = 131_072
 # (token, vocabulary) pairs of one array held at once: a CPU's cache; 128 MiB in bfloat16
 CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 26}
 N_BLOCKS = 128                  # blocks of documents that carry the standard errors
+N_RESAMPLES = 100               # of the blocks, for rates under fitted thresholds: errors known to 7 %
+N_CANDIDATES = 2048             # thresholds to choose from
+CONFIDENCE = 1.645              # standard errors: 5 % of a normal distribution lie above
 ALPHAS = (0.25, 0.5, 0.75, 1.0)         # alpha = 0 is the full prefix
 MARGIN_CAP = 0.001              # of disagreement with full, per stage, for WAND's margin form
 DRAFT_LEN = 4                   # of the speculative table
@@ -58,6 +79,7 @@ PROBE_TOKENS = 60
 PROBE = ("The capital of France is", "The chemical symbol of gold is",
          "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
          "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is")
+FACTS = {"Paris": 0, "Au": 1, "79": 1, "2": 6}          # and the number of the prompt
 PLANETS = ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune")
 
 
@@ -127,21 +149,25 @@ def send(tensor, device):
 
 
 @torch.no_grad()
-def one_pass(model, mix, windows, tokenizer, batch_size, full):
-    """Run the trunk once over `windows` of `mix`; yield (windows of the batch, columns): `token_statistics`
-    of its B T positions.
+def one_pass(model, mix, first, last, tokenizer, batch_size, full, rank=0, world_size=1):
+    """Run the trunk once over this rank's share of the windows of `mix` from `first` up to `last`; yield
+    (windows of the batch, columns): `token_statistics` of its B T positions.
 
     Two columns are added: tokens (1 where the target counts, 0 for special tokens) and bytes. Nothing here
     waits for the device.
     """
+    if last - first < world_size:
+        raise ValueError(f"{last - first} windows cannot be shared by {world_size} ranks; "
+                         f"take fewer ranks or more tokens")
+    windows = np.arange(first + rank, last, world_size)
     device = model.cos.device
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)
     heads = [model.head_weight(k) for k in range(model.config.n_stage)]
     # a graph that was compiled in an earlier pass is used again
     statistics = torch.compile(token_statistics, dynamic=False) if device.type == "cuda" else token_statistics
     step = max(1, CHUNK_LOGITS[device.type] // model.config.vocab_size)
-    for first in range(0, len(windows), batch_size):
-        rows = windows[first:first + batch_size]
+    for begin in range(0, len(windows), batch_size):
+        rows = windows[begin:begin + batch_size]
         idx, targets = mix.batch(rows)
         y = send(targets, device).flatten()
         stages = [norm(x).flatten(0, 1) for x in model.boundaries(send(idx, device))]       # K x (B T, C)
@@ -155,17 +181,15 @@ def one_pass(model, mix, windows, tokenizer, batch_size, full):
         yield rows, columns
 
 
-def accumulate(sums, columns, weight, blocks=None):
-    """Add columns (N, w) times weight (N, 1) to the float64 `sums`, {name: (w,)}; where blocks (N,) is given
-    per block, {name: (G, w)}.
+def accumulate(sums, columns, weights):
+    """Add the sums of columns (N, w) under weights (N,) to the float64 `sums`, {name: (w,)}; under several
+    (G, N), {name: (G, w)}.
 
-    Per block by a matrix product and not by atomic additions, whose order, and so the last digit, would
-    change from run to run.
+    By a matrix product and not by atomic additions, whose order, and so the last digit, would change from run
+    to run.
     """
-    select = None if blocks is None else F.one_hot(blocks, N_BLOCKS).double().T             # (G, N)
     for name, column in columns.items():
-        column = column.double() * weight
-        sums[name] = sums.get(name, 0.0) + (column.sum(dim=0) if select is None else select @ column)
+        sums[name] = sums.get(name, 0.0) + weights @ column.double()
 
 
 def sum_over_ranks(sums, world_size):
@@ -174,14 +198,6 @@ def sum_over_ranks(sums, world_size):
         for value in sums.values():
             torch.distributed.all_reduce(value)
     return {name: value.cpu().numpy() for name, value in sums.items()}
-
-
-def windows_of_rank(first, last, rank, world_size):
-    """This rank's windows of range(first, last), an array."""
-    if last - first < world_size:
-        raise ValueError(f"{last - first} windows cannot be shared by {world_size} ranks; "
-                         f"take fewer ranks or more tokens")
-    return np.arange(first, last)[rank::world_size]
 
 
 def score(model, mix, n_windows, tokenizer, batch_size, rank=0, world_size=1):
@@ -193,27 +209,28 @@ def score(model, mix, n_windows, tokenizer, batch_size, rank=0, world_size=1):
     hits_single, hits_prefix (K,).
     """
     sums = {}
-    windows = windows_of_rank(0, n_windows, rank, world_size)
-    for _, columns in one_pass(model, mix, windows, tokenizer, batch_size, False):
-        accumulate(sums, columns, columns["tokens"])
+    for _, columns in one_pass(model, mix, 0, n_windows, tokenizer, batch_size, False, rank, world_size):
+        accumulate(sums, columns, columns["tokens"][:, 0])
     return sum_over_ranks(sums, world_size)
 
 
-def summarize(sums):
+def quotients(denominator, **numerators):
+    """{name: the numerator, a float64 array, divided by the denominator}, for JSON."""
+    return {name: (sums / denominator).tolist() for name, sums in numerators.items()}
+
+
+def summarize(sums, divide=quotients):
     """The metrics of one checkpoint from the sums of `score`: bpb, accuracy, crossover gap, in metrics.json's
-    keys.
+    keys. divide: what makes figures of sums, `quotients` or `ratios`.
     """
-    tokens = int(sums["tokens"][0])
-    n_bytes = int(sums["bytes"][0])
-    nats = math.log(2) * n_bytes            # of one bit per byte
-    single = (sums["nats_single"] / nats).tolist()
-    prefix = (sums["nats_prefix"] / nats).tolist()
-    hits = (sums["hits_prefix"] / tokens).tolist()
+    bits = math.log(2) * sums["bytes"][0]           # nats of one bit per byte
+    single = sums["nats_single"]
+    prefix = sums["nats_prefix"]
     return {
-        "tokens": tokens, "bytes": n_bytes,
-        "bpb": {"full": prefix[-1], "single": single, "prefix": prefix},
-        "accuracy": {"full": hits[-1], "single": (sums["hits_single"] / tokens).tolist()},
-        "crossover_gap": prefix[-1] - single[-1]}
+        "tokens": int(sums["tokens"].flat[0]), "bytes": int(sums["bytes"].flat[0]),
+        "bpb": divide(bits, full=prefix[-1], single=single, prefix=prefix),
+        "accuracy": divide(sums["tokens"][0], full=sums["hits_prefix"][-1], single=sums["hits_single"]),
+        **divide(bits, crossover_gap=prefix[-1] - single[-1])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,11 +275,12 @@ class Slice:
     windows cut documents and both parts may hold pieces of one.
     """
 
-    def __init__(self, mix, n_windows, n_calibration, tokenizer):
+    def __init__(self, mix, n_windows, n_calibration, tokenizer, mix_sha256=None):
         self.mix = mix
         self.n_windows = n_windows
         self.n_calibration = n_calibration
         self.tokenizer = tokenizer
+        self.mix_sha256 = mix_sha256
         self.documents = slice_documents(mix, n_windows, tokenizer.bos)
         self.in_report = ~np.isin(self.documents, self.documents[:n_calibration])
         if n_calibration < 1 or not self.in_report.any():
@@ -274,208 +292,246 @@ class Slice:
 # --------------------------------------------------------------------------------------------------
 # Early exit: calibration and rates
 
-def fit_threshold(score, cost, cap):
-    """The smallest score threshold t for which the mean cost of the positions with score >= t is at most
-    `cap`; inf where none is.
+def block_weights(blocks, seed):
+    """How often each block of documents counts, float64 (R, N_BLOCKS), R = N_RESAMPLES + 1: once in the first
+    row; in each other as often as a bootstrap of those in `blocks` draws it. It draws one fewer than there
+    are, so that the spread of a mean over the resamples is its standard error.
 
-    score, cost: float64 (n,). Equal scores stay together. The one rule behind routing and WAND's margin form.
+    Calibration and report are both resampled, so that the spread of a rate holds the error of its thresholds
+    too. All checkpoints share the resamples, so that differences are paired.
     """
-    order = np.argsort(-score, kind="stable")
-    ordered = score[order]
-    mean = np.cumsum(cost[order]) / np.arange(1, len(order) + 1)
-    last_of_equals = np.diff(ordered, append=-np.inf) != 0
-    allowed = np.flatnonzero(last_of_equals & (mean <= cap))
-    return float(ordered[allowed[-1]]) if len(allowed) else math.inf
+    present = np.unique(blocks)
+    drawn = np.random.default_rng(seed).choice(present, (N_RESAMPLES, len(present) - 1))
+    return np.array([np.ones(N_BLOCKS), *(np.bincount(row, minlength=N_BLOCKS) for row in drawn)])
 
 
-def fit_bound(ranges, blocks):
-    """(bound, standard error): p99 of ranges, float64 (n,); exact, an observed value.
+def fit_threshold(score, cost, cap, blocks, weights, stays):
+    """The smallest score threshold t for which the mean cost of the positions with score >= t keeps `cap` at
+    its upper confidence limit, so that it holds on other text; inf where none does: (R,), one a resample.
 
-    The error is half the distance between the observed values whose ranks lie one standard error above and
-    below the bound's. That error is the one of the share of positions above the bound, by blocks (n,).
+    score, cost: float64 (n,). blocks: (n,). weights: see `block_weights`. stays: bool (R, n), the positions
+    that count in each resample. The one rule behind routing and WAND's margin form. Candidates are
+    N_CANDIDATES quantiles of the scores, all of them where there are fewer.
+
+    The limit is a score test's: with e the sum of cost - cap over a block's positions,
+    sum(e) + CONFIDENCE sqrt(sum(e^2)) <= 0 over the blocks and one more, a single position of cost 1. So n
+    positions without a loss have the limit 2.65 / n, near the rule of three.
     """
-    n = len(ranges)
-    ordered = np.sort(ranges)
-    # the smallest value that has at least 99 % of all at or below it
-    at = -(-99 * n // 100) - 1
-    above = np.bincount(blocks, ranges > ordered[at], N_BLOCKS)
-    sizes = np.bincount(blocks, minlength=N_BLOCKS)
-    ranks = round(n * (ratio(above, sizes)[1] or 0.0))
-    return ordered[at], (ordered[min(n - 1, at + ranks)] - ordered[max(0, at - ranks)]) / 2
+    # the candidates' negatives, rising, and the first that each position reaches, as a cell of a table of
+    # blocks x candidates
+    falling = np.unique(-np.quantile(score, np.linspace(0, 1, N_CANDIDATES), method="nearest"))
+    cell = np.searchsorted(falling, -score) + blocks * len(falling)
+    found = []
+    for weight, staying in zip(weights, stays):
+        table = np.bincount(cell, (cost - cap) * staying, N_BLOCKS * len(falling))
+        excess = table.reshape(N_BLOCKS, -1).cumsum(axis=1)
+        limit = 1 - cap + weight @ excess + CONFIDENCE * np.sqrt((1 - cap) ** 2 + weight @ excess ** 2)
+        allowed = np.flatnonzero(limit <= 0)
+        found.append(-falling[allowed[-1]] if len(allowed) else math.inf)
+    return np.array(found)
+
+
+def fit_bound(ranges, blocks, weights):
+    """p99 of ranges, float64 (n,), in each resample: (R,), observed values. blocks: (n,)."""
+    order = np.argsort(ranges)
+    found = []
+    for weight in weights:
+        # the smallest value that has at least 99 % of all at or below it
+        at_or_below = np.cumsum(weight[blocks[order]])
+        found.append(ranges[order[np.searchsorted(100 * at_or_below, 99 * at_or_below[-1])]])
+    return np.array(found)
 
 
 def calibrate(columns, blocks, cap):
-    """Fit early exit on the calibration positions: a dict of float64 arrays. columns: float64 (n, w) by
-    `token_statistics`' names; blocks (n,).
+    """Fit early exit on the calibration positions, in each resample: a dict of float64 arrays (w, R).
+    columns: float64 (n, w) by `token_statistics`' names; blocks (n,).
 
     A rule leaves after the first stage k whose score reaches the rule's threshold k, else it runs to the end.
-    Thresholds of three rules, (K - 1,) each:
-    wand: the margin, against more than what the later stages may still move, the sum of their bounds.
-    margin: the margin, fitted stage by stage on disagreement of the positions that have not left earlier, so
-    that violations stay within MARGIN_CAP in sum too.
-    routing: s0's top probability, fitted on max(regret, 0); it never leaves after a later stage.
-    bounds, bounds_stderr (K - 1,): `fit_bound`.
+    Thresholds of three rules:
+    wand (K - 1, R): the margin, against more than what the later stages may still move, the sum of their
+    bounds (K - 1, R), see `fit_bound`.
+    margin (K - 1, R): the margin, fitted stage by stage on disagreement of the positions that have not left
+    earlier, so that violations stay within MARGIN_CAP in sum too.
+    routing (1, R): s0's top probability, fitted on max(regret, 0).
     """
-    bounds, bounds_stderr = np.array([fit_bound(ranges, blocks) for ranges in columns["range"].T]).T
-    remaining = np.cumsum(bounds[::-1])[::-1]
-    stays = np.ones(len(blocks), dtype=bool)
+    weights = block_weights(blocks, 0)
+    bounds = np.array([fit_bound(ranges, blocks, weights) for ranges in columns["range"].T])
+    remaining = np.cumsum(bounds[::-1], axis=0)[::-1]
+    stays = np.ones((len(weights), len(blocks)), dtype=bool)
+    routing = fit_threshold(columns["confidence"][:, 0], np.maximum(columns["regret"][:, 0], 0), cap, blocks,
+                            weights, stays)
     margins = []
     for margin, agree in zip(columns["margin"].T, columns["agree"].T):
-        margins.append(fit_threshold(margin[stays], 1 - agree[stays], MARGIN_CAP))
-        stays &= margin < margins[-1]
-    routing = np.full(len(bounds), np.inf)
-    routing[0] = fit_threshold(columns["confidence"][:, 0], np.maximum(columns["regret"][:, 0], 0), cap)
-    return {"bounds": bounds, "bounds_stderr": bounds_stderr, "wand": np.nextafter(remaining, np.inf),
-            "margin": np.array(margins), "routing": routing}
+        margins.append(fit_threshold(margin, 1 - agree, MARGIN_CAP, blocks, weights, stays))
+        stays &= margin < margins[-1][:, None]
+    return {"bounds": bounds, "wand": np.nextafter(remaining, np.inf), "margin": np.array(margins),
+            "routing": routing[None]}
 
 
-def exit_statistics(columns, fitted, cap):
-    """What early exit would do at each position under the `fitted` thresholds: a dict of columns (N, w),
-    summed later. All tensors on one device.
+def exit_statistics(columns, fits, counts, cap):
+    """What early exit would do at N positions under the thresholds `fits`: a dict of sums in each resample.
+    counts: float64 (N, R), how often each position counts. All tensors on one device.
 
-    X_exit of each rule X: one-hot (N, K). X_violation: it stopped early and full's argmax differs. cost:
-    max(regret, 0) of what routing lets out. oracle: a router that knew the target would let it out.
+    all (3, R): positions, those where s0 has full's argmax, those that a router which knew the target would
+    let out. exceedance (K - 1, R). Each rule (3, stages, R): the positions that leave after each stage, those
+    among them where full's argmax differs, and their max(regret, 0); the rest runs to the end.
     """
-    regret = columns["regret"]
-    agree = F.pad(columns["agree"].int(), (0, 1), value=1)          # (N, K): the last stage has full's argmax
-    found = {"tokens": torch.ones_like(regret), "exceedance": columns["range"] > fitted["bounds"],
-             "base_agree": agree[:, :1], "oracle": regret <= cap}
+    regret = columns["regret"][:, 0].double()
+    agree = columns["agree"].double()
+    one = torch.ones_like(regret)
+    found = {"all": torch.stack([one, agree[:, 0], (regret <= cap).double()]) @ counts,
+             "exceedance": ((columns["range"][..., None] > fits["bounds"]) * counts[:, None]).sum(0)}
     for rule, score in (("wand", "margin"), ("margin", "margin"), ("routing", "confidence")):
-        leaves = F.pad((columns[score] >= fitted[rule]).int(), (0, 1), value=1)             # (N, K)
-        stage = leaves.argmax(dim=1, keepdim=True)                  # the first one
-        found[f"{rule}_exit"] = F.one_hot(stage[:, 0], agree.size(1))
-        found[f"{rule}_violation"] = 1 - agree.gather(1, stage)
-    found["cost"] = found["routing_exit"][:, :1] * regret.clamp(min=0)
+        stays = counts
+        sums = []
+        for k, thresholds in enumerate(fits[rule]):
+            leaves = (columns[score][:, k, None] >= thresholds) * stays
+            stays = stays - leaves
+            sums.append(torch.stack([one, 1 - agree[:, k], regret.clamp(min=0)]) @ leaves)
+        found[rule] = torch.stack(sums, dim=1)
     return found
+
+
+def known(values):
+    """An array for JSON, as a number or lists; None for what is not finite."""
+    return np.where(np.isfinite(values), values, None).tolist()
 
 
 def ratios(denominator, **numerators):
-    """{name: ratio, name_stderr: its standard error} from sums per block: numerators (G,), or (G, w) for
-    lists of w; denominator (G,).
+    """{name: ratio, name_stderr: its standard error, name_resamples: see `take_resamples`} from sums in each
+    resample: numerators (R,), or (w, R) for lists of w; denominator (R,).
+
+    A ratio is None where nothing was counted. Its error is the spread over the resamples. Where none or all
+    of n positions hit, the error would be 0. Half the upper limit by the rule of three stands in for it: of
+    hits that come with probability 3 / n, none is seen in one of twenty texts. Positions count there, and not
+    documents, because hits so rare seldom share one.
     """
+    text = np.vectorize(lambda row: " ".join(f"{rate:.8g}" for rate in row), otypes=[object],
+                        signature="(n)->()")
     found = {}
     for name, sums in numerators.items():
-        if sums.ndim == 1:
-            value, stderr = ratio(sums, denominator)
-        else:
-            value, stderr = map(list, zip(*[ratio(column, denominator) for column in sums.T]))
-        found |= {name: value, f"{name}_stderr": stderr}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rates = sums / denominator
+            limit = 1.5 / denominator[0]
+        values = rates[..., 0]
+        spread = np.ma.filled(np.ma.masked_invalid(rates[..., 1:]).std(axis=-1, ddof=1), np.nan)
+        errors = np.where((spread == 0) & np.isin(values, (0, 1)), limit, spread)
+        found |= {name: known(values), f"{name}_stderr": known(errors),
+                  f"{name}_resamples": text(rates[..., 1:]).tolist()}
     return found
 
 
-def exit_metrics(sums, fitted, cap, read_bytes):
-    """WAND and routing from the sums of `exit_statistics` per block, numpy (G, w).
+def take_resamples(figures):
+    """Take the ratios in each resample out of nested figures; return them, nested alike, as texts.
+
+    Errors of differences need them (report.py); beside the figures nobody could read these.
+    """
+    taken = {}
+    for name, value in list(figures.items()):
+        if name.endswith("_resamples"):
+            taken[name.removesuffix("_resamples")] = figures.pop(name)
+        elif isinstance(value, dict) and (inner := take_resamples(value)):
+            taken[name] = inner
+    return taken
+
+
+def exit_metrics(sums, fits, cap, read_bytes):
+    """WAND and routing from the sums of `exit_statistics`, as numpy arrays.
 
     violation_rate: among the positions that stopped early. agreement: of all positions, those that ran to the
     end included; so 1 - agreement = violation_rate (1 - exit_fraction[K - 1]). In routing, of the routed.
     projected_speedup: full's bytes over the mean bytes read.
     """
-    tokens = sums["tokens"][:, 0]
-    thresholds = {rule: [None if math.isinf(t) else t for t in fitted[rule].tolist()]
-                  for rule in ("margin", "routing")}
-    margin = {"cap": MARGIN_CAP, "thresholds": thresholds["margin"]}
-    wand = {"p99_bounds": fitted["bounds"].tolist(), "p99_bounds_stderr": fitted["bounds_stderr"].tolist(),
-            "report_tokens": int(tokens.sum()), "margin": margin,
+    tokens, base_agree, oracle = sums["all"]
+    margin = {"cap": MARGIN_CAP, "thresholds": known(fits["margin"][:, 0])}
+    wand = {"report_tokens": int(tokens[0]), "margin": margin,
+            **ratios(np.ones_like(tokens), p99_bounds=fits["bounds"]),
             **ratios(tokens, exceedance=sums["exceedance"])}
-    for rule, form in (("wand", wand), ("margin", margin)):
-        exits = sums[f"{rule}_exit"]
-        violation = sums[f"{rule}_violation"][:, 0]
-        form |= ratios(tokens, exit_fraction=exits, agreement=tokens - violation)
-        form |= ratios(tokens - exits[:, -1], violation_rate=violation)
-        form["projected_speedup"] = read_bytes[-1] / float(np.dot(form["exit_fraction"], read_bytes))
-
-    routed = sums["routing_exit"][:, 0]
-    routing = {
-        "cap": cap, "threshold": thresholds["routing"][0],
-        **ratios(tokens, fraction=routed, oracle_fraction=sums["oracle"][:, 0],
-                 base_agreement=sums["base_agree"][:, 0]),
-        **ratios(routed, agreement=routed - sums["routing_violation"][:, 0], mean_cost=sums["cost"][:, 0])}
-    bytes_read = routing["fraction"] * read_bytes[0] + (1 - routing["fraction"]) * read_bytes[-1]
-    routing["projected_speedup"] = read_bytes[-1] / bytes_read
+    routing = {"cap": cap, "threshold": known(fits["routing"][0, 0]),
+               **ratios(tokens, oracle_fraction=oracle, base_agreement=base_agree)}
+    for rule, form in (("wand", wand), ("margin", margin), ("routing", routing)):
+        leaves, wrong, cost = sums[rule]
+        early = leaves.sum(axis=0)
+        violations = wrong.sum(axis=0)
+        exits = np.vstack([leaves, tokens - early])
+        bytes_read = [*read_bytes[:len(leaves)], read_bytes[-1]] @ exits
+        form |= ratios(bytes_read, projected_speedup=read_bytes[-1] * tokens)
+        if rule == "routing":
+            form |= ratios(tokens, fraction=early)
+            form |= ratios(early, agreement=early - violations, mean_cost=cost[0])
+        else:
+            form |= ratios(tokens, exit_fraction=exits, agreement=tokens - violations)
+            form |= ratios(early, violation_rate=violations)
     return {"wand": wand, "routing": routing}
 
 
 # --------------------------------------------------------------------------------------------------
 # From one pass to metrics
 
-def measure(model, text_slice, batch_size, cap, rank=0, world_size=1):
+def measure(model, text_slice, batch_size, cap, rank=0, world_size=1, progress=lambda *_: None):
     """Every table but those of generated text, in one pass of the trunk over a `Slice`: metrics.json's keys,
-    in memory of a chunk.
+    in memory of a chunk. progress: called with (label, windows done, windows in all).
     """
     device = model.cos.device
     K = model.config.n_stage
     mix = text_slice.mix
     n_calibration = text_slice.n_calibration
-    calibrating = windows_of_rank(0, n_calibration, rank, world_size)
-    reported = windows_of_rank(n_calibration, text_slice.n_windows, rank, world_size)
     blocks = text_slice.documents % N_BLOCKS
-    blocks_there = torch.from_numpy(blocks).to(device)
-    in_report = torch.from_numpy(text_slice.in_report).to(device)
     sums = {}                   # per block, of every window
-    exit_sums = {}              # per block, of the positions that are reported on
+    kept = {}                   # all columns of the calibration part
+    exit_sums = {}              # in each resample, of the positions that are reported on
 
-    # the first windows calibrate: a few columns of them are kept
-    widths = {"range": K - 1, "margin": K - 1, "agree": K - 1, "confidence": 1, "regret": 1, "tokens": 1}
-    kept = {name: torch.zeros(n_calibration, mix.T, width, dtype=torch.float64, device=device)
-            for name, width in widths.items() if K > 1}
-    for rows, columns in one_pass(model, mix, calibrating, text_slice.tokenizer, batch_size, True):
-        accumulate(sums, columns, columns["tokens"], blocks_there[rows].flatten())
-        for name, values in kept.items():
-            values[rows] = columns[name].view(len(rows), mix.T, -1).double()
+    def pass_over(first, last):
+        for rows, columns in one_pass(model, mix, first, last, text_slice.tokenizer, batch_size, True, rank,
+                                      world_size):
+            block = send(torch.from_numpy(blocks[rows]), device).flatten()
+            accumulate(sums, columns, (F.one_hot(block, N_BLOCKS) * columns["tokens"]).T)
+            progress("pass", rows[-1] + 1, text_slice.n_windows)
+            yield rows, columns, block
+
+    for rows, columns, _ in pass_over(0, n_calibration):
+        for name, column in columns.items():
+            if name not in kept:
+                kept[name] = torch.zeros(n_calibration, mix.T, column.size(1), dtype=torch.float64,
+                                         device=device)
+            kept[name][rows] = column.view(len(rows), mix.T, -1).double()
     if K > 1:
         kept = sum_over_ranks(kept, world_size)
         counted = kept["tokens"][..., 0] > 0
-        fitted = calibrate({name: values[counted] for name, values in kept.items()},
-                           blocks[:n_calibration][counted], cap)
-        thresholds = {name: torch.from_numpy(values).to(device) for name, values in fitted.items()}
+        fits = calibrate({name: values[counted] for name, values in kept.items()},
+                         blocks[:n_calibration][counted], cap)
+        fits_there = {name: torch.from_numpy(values).to(device) for name, values in fits.items()}
+        # (G, R)
+        weights = torch.from_numpy(block_weights(blocks[text_slice.in_report], 1).T).to(device)
 
     # the others run under the thresholds
-    for rows, columns in one_pass(model, mix, reported, text_slice.tokenizer, batch_size, True):
-        block = blocks_there[rows].flatten()
-        accumulate(sums, columns, columns["tokens"], block)
+    for rows, columns, block in pass_over(n_calibration, text_slice.n_windows):
         if K > 1:
-            weight = columns["tokens"] * in_report[rows].view(-1, 1)
-            accumulate(exit_sums, exit_statistics(columns, thresholds, cap), weight, block)
+            in_report = send(torch.from_numpy(text_slice.in_report[rows]), device).view(-1, 1)
+            counts = weights[block] * columns["tokens"] * in_report
+            for name, found in exit_statistics(columns, fits_there, counts, cap).items():
+                exit_sums[name] = exit_sums.get(name, 0.0) + found
 
-    metrics = slice_metrics(sum_over_ranks(sums, world_size))
+    metrics = slice_metrics(sum_over_ranks(sums, world_size), blocks)
     metrics |= {"documents": int(text_slice.documents.max()) + 1, "wand": None, "routing": None}
     if K > 1:
-        metrics |= exit_metrics(sum_over_ranks(exit_sums, world_size), fitted, cap, stage_bytes(model))
+        metrics |= exit_metrics(sum_over_ranks(exit_sums, world_size), fits, cap, stage_bytes(model))
         metrics["wand"]["tokens"] = int(counted.sum())
     return metrics
 
 
-def in_one_line(sums):
-    """Arrays (G,) or (G, w), in a dict, as strings: a line of the file for each column."""
-    if isinstance(sums, dict):
-        return {name: in_one_line(value) for name, value in sums.items()}
-    if sums.ndim == 2:
-        return [in_one_line(column) for column in sums.T]
-    return " ".join(f"{v:.4f}".rstrip("0").rstrip(".") for v in sums)
+def slice_metrics(sums, blocks):
+    """`summarize` with standard errors, and the alpha sweep, from sums per block, numpy (G, w).
 
-
-def slice_metrics(sums):
-    """bpb, accuracy, alpha and the gap from sums per block, numpy (G, w), with standard errors; and the
-    blocks' sums for paired ones.
+    blocks: of every position, any shape.
     """
-    metrics = summarize({name: value.sum(axis=0) for name, value in sums.items()})
-    n_bytes = sums["bytes"][:, 0]
-    tokens = sums["tokens"][:, 0]
-    single = sums["nats_single"]
-    full = sums["nats_prefix"][:, -1]
-    hits = sums["hits_prefix"][:, -1]
-    gap = full - single[:, -1]
-    alphas = {"0": full, **{f"{a:g}": column for a, column in zip(ALPHAS, sums["nats_alpha"].T)}}
-    metrics["alpha_sweep"] = {a: nats.sum() / (math.log(2) * metrics["bytes"]) for a, nats in alphas.items()}
-    metrics["bpb"]["full_stderr"] = ratio(full / math.log(2), n_bytes)[1]
-    metrics["crossover_gap_stderr"] = ratio(gap / math.log(2), n_bytes)[1]
-    metrics["accuracy"] = ratios(tokens, full=hits, single=sums["hits_single"])
-    metrics["blocks"] = in_one_line({
-        "bytes": n_bytes, "tokens": tokens,
-        "bpb": {"full": full, "single": single, "prefix": sums["nats_prefix"]},
-        "accuracy": {"full": hits, "single": sums["hits_single"]},
-        "alpha_sweep": alphas, "crossover_gap": gap})
-    return metrics
+    weights = block_weights(blocks, 2)
+    sums = {name: (weights @ value).T for name, value in sums.items()}              # (w, R)
+    sweep = np.array([sums["nats_prefix"][-1], *sums["nats_alpha"]])
+    names = [f"{alpha:g}" for alpha in (0, *ALPHAS)]
+    alphas = ratios(math.log(2) * sums["bytes"][0], alpha_sweep=sweep)
+    return summarize(sums, ratios) | {
+        key: dict(zip(names, values)) for key, values in alphas.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,61 +542,70 @@ def document_prompts(text_slice, n_prompts, length):
     window and are as long there.
     """
     mix = text_slice.mix
+    bos = text_slice.tokenizer.bos
     source, _, window = mix.locate(np.arange(text_slice.n_windows))
     prompts = []
     for i in range(text_slice.n_calibration, text_slice.n_windows):
         tokens = mix.window(source[i], window[i])
-        begins = np.flatnonzero(tokens == text_slice.tokenizer.bos)
-        for begin, document in zip(begins, np.split(tokens, begins)[1:]):
-            if len(document) >= length and begin < mix.T and text_slice.in_report[i, begin]:
-                prompts.append(document[:length].tolist())
+        for begin in np.flatnonzero(tokens[:mix.T + 2 - length] == bos):
+            prompt = tokens[begin:begin + length].tolist()
+            if text_slice.in_report[i, begin] and prompt.count(bos) == 1:
+                prompts.append(prompt)
     return prompts[:n_prompts]
 
 
+def stands_alone(word, text):
+    """Whether a text holds a word or a number that is no part of another: 2 is neither in 12 nor in -2.5."""
+    return re.search(rf"(?<![\w-])(?<!\d[.,]){word}(?!\w|[.,]\d)", text) is not None
+
+
 def probe(texts):
-    """(samples, facts) of the sample-mode probe: continuations of PROBE, graded by substring."""
-    france, gold, _, _, solar_system, _, algebra = texts
-    planets = [planet in solar_system for planet in PLANETS]
+    """(samples, facts) of the sample-mode probe: continuations of PROBE, graded by words standing alone."""
     samples = [{"prompt": prompt, "completion": text} for prompt, text in zip(PROBE, texts)]
-    return samples, {"Paris": "Paris" in france, "Au": "Au" in gold, "79": "79" in gold,
-                     "planets": all(planets), "planets_named": sum(planets), "2": "2" in algebra}
+    facts = {fact: stands_alone(fact, texts[number]) for fact, number in FACTS.items()}
+    return samples, facts | {"planets": all(stands_alone(planet, texts[4]) for planet in PLANETS)}
+
+
+def over_prompts(values):
+    """Sums of (prompts, w) values in each resample of the prompts: (w, R)."""
+    blocks = np.arange(len(values)) % N_BLOCKS
+    return (block_weights(blocks, 3)[:, blocks] @ values).T
 
 
 def acceptance(drafted):
-    """Accepted drafts over judged ones (the accepted and the first rejected of each cycle) and per cycle,
-    with standard errors by prompt.
+    """Judged drafts, those that were accepted and the first rejected one of each cycle; accepted ones over
+    judged ones, and per cycle, with standard errors by prompt.
     """
-    accepted, judged, cycles = np.array([(text.accepted, text.judged, text.cycles) for text in drafted]).T
-    return ratios(judged, acceptance=accepted) | ratios(cycles, mean_accepted=accepted)
+    accepted, judged, cycles = over_prompts([(text.accepted, text.judged, text.cycles) for text in drafted])
+    return {"judged": int(judged[0]), **ratios(judged, acceptance=accepted),
+            **ratios(cycles, mean_accepted=accepted)}
 
 
-def speculation(texts, n_documents):
+def speculation(plain, drafted, n_documents):
     """Self-speculative decoding against plain decoding of the same: (metrics, timings).
 
-    texts: {way of decoding: the `Run` of each prompt}, `n_documents` documents and then the card's 7 prompts,
-    whose acceptance is card_prompts. timings: tokens/s, of s0 alone too.
+    plain, drafted: the `Run` of each prompt, of `n_documents` documents and then of the card's 7 prompts,
+    whose acceptance is card_prompts.
     """
-    plain = texts["plain"]
-    drafted = texts["speculative"]
-    documents = drafted[:n_documents]
     metrics = {
-        "draft_len": DRAFT_LEN, "prompts": n_documents, "new_tokens": len(plain[0].ids),
-        "judged": sum(text.judged for text in documents), **acceptance(documents),
+        "draft_len": DRAFT_LEN, "prompts": n_documents, **acceptance(drafted[:n_documents]),
         "card_prompts": acceptance(drafted[n_documents:]),
         "identical_to_plain": all(ours.ids[:len(theirs.ids)] == theirs.ids
                                   for ours, theirs in zip(drafted, plain))}
-    speed = {name: sum(len(text.ids) for text in of_way) / sum(text.seconds for text in of_way)
-             for name, of_way in texts.items()}
-    return metrics, {"speedup": speed["speculative"] / speed["plain"],
-                     **{f"{name}_tokens_per_s": value for name, value in speed.items()}}
+    # of a token
+    seconds = [[text.seconds / len(text.ids) for text in of_prompt] for of_prompt in zip(plain, drafted)]
+    plain_seconds, drafted_seconds = over_prompts(seconds)
+    timings = ratios(drafted_seconds, speedup=plain_seconds)
+    take_resamples(timings)
+    return metrics, timings
 
 
-def generate_texts(model, text_slice, n_prompts, fast):
+def generate_texts(model, text_slice, n_prompts, fast, progress=lambda *_: None):
     """Greedy texts of documents' beginnings and of the probe's prompts, a row at a time: (metrics.json's
     samples, facts and speculative; timings.json's speculative).
 
-    With several stages and documents, speculative decoding and s0 alone take turns with plain decoding. In a
-    short context a prompt is cut, and its text is as long as there is room.
+    With several stages and documents, speculative decoding takes turns with plain decoding. In a short
+    context a prompt is cut, and its text is as long as there is room.
     """
     K = model.config.n_stage
     context = model.config.sequence_len
@@ -548,54 +613,51 @@ def generate_texts(model, text_slice, n_prompts, fast):
     length = min(PROMPT_TOKENS, context // 2)
     documents = document_prompts(text_slice, n_prompts, length) if K > 1 else []
     probes = [tokenizer.encode(prompt)[:context] for prompt in PROBE]
-    plans = {"plain": Plan(range(K))}
-    if documents:
-        plans |= {"speculative": Plan(range(K), draft_len=DRAFT_LEN), "s0": Plan(range(1))}
-    engines = {name: Engine(model, plan, fast=fast) for name, plan in plans.items()}
-    for engine in engines.values():
+    plans = [Plan(range(K)), Plan(range(K), draft_len=DRAFT_LEN)]
+    engines = [Engine(model, plan, fast=fast) for plan in plans[:2 if documents else 1]]
+    texts = [[] for _ in engines]
+    for engine in engines:
         decode_timed(engine, probes[0], 1)              # compile and capture
-    texts = {name: [] for name in engines}
-    for prompts, n_new in ((documents, NEW_TOKENS), (probes, PROBE_TOKENS)):
-        for ids in prompts:
-            for name, engine in engines.items():
-                texts[name].append(decode_timed(engine, ids, min(n_new, context + 1 - len(ids))))
+    for label, prompts, n_new in (("speculation", documents, NEW_TOKENS), ("probe", probes, PROBE_TOKENS)):
+        for number, ids in enumerate(prompts, 1):
+            progress(label, number, len(prompts))
+            for engine, decoded in zip(engines, texts):
+                decoded.append(decode_timed(engine, ids, min(n_new, context + 1 - len(ids))))
     completions = []
-    for text in texts["plain"][len(documents):]:
+    for text in texts[0][len(documents):]:
         end = [*text.ids, tokenizer.bos].index(tokenizer.bos)
         completions.append(tokenizer.decode(text.ids[:end]))
     samples, facts = probe(completions)
-    metrics = {"speculative": None, "samples": samples, "facts": facts}
-    timings = None
-    if documents:
-        metrics["speculative"], timings = speculation(texts, len(documents))
-    return metrics, timings
+    speculative, timings = speculation(*texts, len(documents)) if documents else (None, None)
+    return {"speculative": speculative, "samples": samples, "facts": facts}, timings
 
 
 # --------------------------------------------------------------------------------------------------
 # One checkpoint
 
-def record_file(step):
-    """config.json of the run of a step directory or, where it has none, the step's own."""
-    of_run = step.parent / "config.json"
-    return of_run if of_run.exists() else step / "config.json"
+def folder_of_record(step):
+    """The folder whose config.json a step directory goes by: its run's or, where that has none, its own."""
+    return step.parent if (step.parent / "config.json").exists() else step
 
 
-def open_slice(file, config):
-    """The `Slice` that `config` asks for, over --data or the data that config.json `file` names."""
-    record = read_json(file)
+def open_slice(folder_of_run, config):
+    """The `Slice` that `config` asks for, over --data or the data that config.json in a folder names."""
+    record = read_record(folder_of_run)
     folder = record["train"]["data"] if config.data is None else config.data
+    name = folder or "the embedded sample"
     data = open_data(folder, record["model"]["vocab_size"])
     if data.tokenizer.sha256 != record["tokenizer"]["sha256"]:
-        raise ValueError(f"{folder or 'the embedded sample'} was tokenised with another tokenizer than "
-                         f"{file.parent}; use --data with its own")
+        raise ValueError(f"{name} was tokenised with another tokenizer than "
+                         f"{folder_of_run}; use --data with its own")
     if config.data is None and data.sha256 != record["phases"][-1]["mix_sha256"]:
-        raise ValueError(f"{folder or 'the embedded sample'} is not the data that {file.parent} was trained "
-                         f"on, whose held-out text it may not hold; name other data on purpose with --data")
+        raise ValueError(f"{name} is not the data that {folder_of_run} was "
+                         f"trained on, whose held-out text it may not hold; name other data on purpose with "
+                         f"--data")
     mix = data.val(record["model"]["sequence_len"])
-    split_tokens = config.split_tokens or min(SPLIT_TOKENS, mix.n_in_first_epoch() * mix.T)
+    split_tokens = config.split_tokens or min(SPLIT_TOKENS, min(mix.first_repeats()) * mix.T)
     n_windows = validation_windows(mix, split_tokens, "--split-tokens")
-    n_calibration = config.wand_tokens // mix.T if config.wand_tokens else max(1, n_windows // 8)
-    return Slice(mix, n_windows, n_calibration, data.tokenizer)
+    n_calibration = (config.wand_tokens or min(WAND_TOKENS, n_windows * mix.T // 2)) // mix.T
+    return Slice(mix, n_windows, n_calibration, data.tokenizer, data.sha256)
 
 
 def settings_of(step, text_slice, config, device, dtype):
@@ -605,25 +667,29 @@ def settings_of(step, text_slice, config, device, dtype):
         n_prompts = SPECULATIVE_PROMPTS[device.type]
     return {"split_tokens": text_slice.n_windows * text_slice.mix.T,
             "wand_tokens": text_slice.n_calibration * text_slice.mix.T,
-            "seed": VAL_SEED, "slice_sha256": text_slice.sha256, "routing_cap": config.routing_cap,
+            "seed": VAL_SEED, "data": config.data, "slice_sha256": text_slice.sha256,
+            "mix_sha256": text_slice.mix_sha256, "routing_cap": config.routing_cap,
             "dtype": str(dtype).removeprefix("torch."), "samples": config.samples,
-            "speculative_prompts": n_prompts if config.samples else 0,
+            "speculative_prompts": n_prompts,
             "weights_sha256": read_json(step / "manifest.json")["files"]["model.pt"]}
 
 
-def evaluate_checkpoint(step, text_slice, config, device, dtype, ranks):
-    """Measure one step directory, unless it was measured with equal settings.
+def evaluate_checkpoint(step, text_slice, config, device, dtype, ranks, rows):
+    """Put the row (report.py) of one step directory into `rows`; measure it unless it was measured with equal
+    settings.
 
     Rank 0 alone generates text. It writes the step's timings.json, the bounds in its config.json and, when
-    all else is there, metrics.json. Raises ValueError on all ranks where the step is damaged.
+    all else is there, metrics.json. Raises ValueError on all ranks where the step is damaged, OSError where
+    nothing can be written.
     """
     file = step / "metrics.json"
     with ranks.together():
         settings = settings_of(step, text_slice, config, device, dtype)
-        old = read_json(file) if file.exists() else {}
+        old = read_row(step) if file.exists() else {}
     # whether to measure is rank 0's answer, for all
     old = ranks.gather(old)[0]
     if (old.get("format"), old.get("settings")) == (FORMAT, settings):
+        rows[step] = old
         return
 
     with ranks.together():
@@ -631,30 +697,44 @@ def evaluate_checkpoint(step, text_slice, config, device, dtype, ranks):
     if config.compile:
         model.compile_regions()
     stance = "force_eager" if config.compile is False else "default"
-    texts = {"speculative": None, "samples": None, "facts": None}
+    texts = dict.fromkeys(("speculative", "samples", "facts"))
     speeds = None
+    progress = Progress() if ranks.rank == 0 else lambda *_: None
     with attention_backends(device), torch.compiler.set_stance(stance):
         tables = measure(model, text_slice, config.device_batch_size, config.routing_cap, ranks.rank,
-                         ranks.world_size)
-        if not math.isfinite(tables["bpb"]["full"]):
+                         ranks.world_size, progress)
+        if tables["bpb"]["full"] is None:
             raise ValueError("its log-probabilities are not finite: its weights are damaged; take another")
         with ranks.together():
             if config.samples and ranks.rank == 0:
                 fast = config.compile is not False and kernels_fit(model)
-                texts, speeds = generate_texts(model, text_slice, settings["speculative_prompts"], fast)
+                with decoding_threads(model):
+                    texts, speeds = generate_texts(model, text_slice, settings["speculative_prompts"], fast,
+                                                   progress)
 
     with ranks.together():
         if ranks.rank == 0:
-            phases = [phase_of(row) for row in read_json(record_file(step))["phases"]]
-            logged = {entry["step"]: {"full": entry["bpb"]["full"], "tokens": entry["tokens"]}
-                      for entry in read_log(step.parent / "log.jsonl") if entry["kind"] == "val"}
-            write_json(step / "timings.json", {"speculative": speeds})
+            phases = list(map(phase_of, read_record(folder_of_record(step))["phases"]))
+            # "val" is of the run's data, "val_old" of that of earlier phases
+            logged = defaultdict(list)
+            for entry in read_log(step.parent / "log.jsonl"):
+                if entry["step"] == record["step"] and "bpb" in entry:
+                    logged[entry["kind"]].append({"mix": entry["mix"] or "the embedded sample",
+                                                  "full": entry["bpb"]["full"], "tokens": entry["tokens"]})
+            figures = tables | texts
+            resamples = take_resamples(figures)
+            row = {"format": FORMAT, "settings": settings, "step": record["step"],
+                   "phase": phase_position(phases, record["step"]),
+                   "train_log_bpb": (logged["val"] or [None])[-1], "train_log_bpb_old": logged["val_old"],
+                   **figures, "resamples": resamples}
+            timings = {"speculative": speeds}
+            # what was measured is shown where it cannot be written
+            rows[step] = {**row, "timings": timings}
+            write_json(step / "timings.json", timings)
             if tables["wand"]:
                 bounds = {BOUNDS_KEY: tables["wand"]["p99_bounds"]}
                 write_json(step / "config.json", read_json(step / "config.json") | bounds)
-            write_json(file, {"format": FORMAT, "settings": settings, "step": record["step"],
-                              "phase": phase_position(phases, record["step"]),
-                              "train_log_bpb": logged.get(record["step"]), **tables, **texts})
+            write_json(file, row)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -666,8 +746,8 @@ class EvalConfig(DeviceFlags):
                            "own)", path=True)
     split_tokens: int = flag(0, f"tokens of the slice (0: {SPLIT_TOKENS:,}, or all where there are "
                                 f"fewer)", low=0)
-    wand_tokens: int = flag(0, "tokens at the beginning of the slice that calibrate bounds and thresholds "
-                               "(0: an eighth of the slice)", low=0)
+    wand_tokens: int = flag(0, f"tokens at the beginning of the slice that calibrate bounds and thresholds "
+                               f"(0: {WAND_TOKENS:,}, or half of a small slice)", low=0)
     routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the "
                                     "target", low=0)
     samples: bool = flag(True, "generate text too: the sample-mode probe (7 prompts, 60 greedy tokens) and "
@@ -677,29 +757,26 @@ class EvalConfig(DeviceFlags):
     device_batch_size: int = flag(8, "sequences in a forward pass", low=1)
     compile: bool = flag(None, "compile the blocks too (default on cuda: the vocabulary's statistics alone; "
                                "--no-compile: nothing)")
-    json: bool = flag(False, "print JSON instead of tables: one object per checkpoint, one per trajectory")
+    json: bool = flag(False, "print JSON instead of text: one object per checkpoint, one per trajectory")
 
 
-def print_report(paths, runs, steps, as_json):
-    """Print what was measured at `steps`; of one run also write its trajectory. runs: those of the paths that
-    are runs.
+def print_report(paths, runs, rows, config):
+    """Print what was measured, {step: row}; of one run also write its trajectory, of several the comparison.
+    runs: those of the paths that are runs.
     """
-    rows = {step: {**read_json(step / "metrics.json"), "timings": read_json(step / "timings.json")}
-            for step in steps}
-    reading = None
+    if config.json:
+        for row in rows.values():
+            print(json.dumps({name: value for name, value in row.items() if name != "resamples"}))
     if runs and len(paths) == 1:
-        text, reading = write_report(paths[0])
-    elif runs == paths and len(rows) > 1:
+        write_report(paths[0], rows, config.json)
+        return
+    text = "\n".join(summary({**row, "name": str(step)}) for step, row in rows.items())
+    if runs == paths and len(rows) > 1:
         text = compare([{"name": str(step.parent), "row": row,
                          "record": read_json(step.parent / "config.json"),
                          "log": read_log(step.parent / "log.jsonl")} for step, row in rows.items()])
-    else:
-        text = tables_of(rows)
-    if not as_json:
+    if not config.json:
         print(text)
-        return
-    for found in filter(None, [*rows.values(), reading]):
-        print(json.dumps(found))
 
 
 def main(argv=None):
@@ -713,42 +790,39 @@ def main(argv=None):
         config = EvalConfig(**given)
         device, dtype = choose_device(config.device, config.dtype, ranks)
         runs = [path for path in paths if checkpoint_steps(path)]
-        if runs and len(paths) == 1:
-            steps = checkpoint_steps(paths[0])
-        else:
-            steps = [resolve_checkpoint(path) for path in paths]
+        steps = checkpoint_steps(paths[0]) if len(paths) == 1 else []
+        steps = steps or [resolve_checkpoint(path) for path in paths]
     # a run may just have saved a step: rank 0's listing is for all
     steps = ranks.gather(steps)[0]
     with ranks.together():
-        slices = {file: open_slice(file, config) for file in dict.fromkeys(map(record_file, steps))}
-        if runs == paths and len({(of.tokenizer.sha256, of.sha256) for of in slices.values()}) > 1:
+        slices = {folder: open_slice(folder, config)
+                  for folder in dict.fromkeys(map(folder_of_record, steps))}
+        if runs == paths and len({(part.tokenizer.sha256, part.sha256) for part in slices.values()}) > 1:
             raise ValueError("these runs cannot be compared: they differ in tokenizer or in the text of the "
                              "slice; take runs of one tokenizer and one context, and give one --data and "
                              "--split-tokens")
 
-    measured = []
+    rows = {}
     failures = []
-    start = time.monotonic()
+    progress = Progress()
+    progress("checkpoints", 0, len(steps))
     for number, step in enumerate(steps, 1):
         try:
-            evaluate_checkpoint(step, slices[record_file(step)], config, device, dtype, ranks)
+            evaluate_checkpoint(step, slices[folder_of_record(step)], config, device, dtype, ranks, rows)
         except (ValueError, OSError) as e:
             failures.append(f"{step}: {e}")
-            continue
-        measured.append(step)
         if ranks.rank == 0:
-            eta = (time.monotonic() - start) / number * (len(steps) - number)
-            print(f"{step.name} ({number}/{len(steps)}) eta:{eta:.0f}s", file=sys.stderr, flush=True)
+            progress("checkpoints", number, len(steps))
 
     try:
         with ranks.together():
-            if measured and ranks.rank == 0:
-                print_report(paths, runs, measured, config.json)
+            if rows and ranks.rank == 0:
+                print_report(paths, runs, rows, config)
     finally:
         # where the report fails too, this is why
         if failures:
-            raise SharedError(f"{len(failures)} of {len(steps)} checkpoints could not be measured: "
-                              f"{'; '.join(failures)}")
+            raise SharedError(f"{len(failures)} of {len(steps)} checkpoints could not be measured, or what "
+                              f"was measured not written: {'; '.join(failures)}")
     ranks.close()
 
 

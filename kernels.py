@@ -423,7 +423,8 @@ class StageKernels:
         self.group = config.n_head // config.n_kv_head
         self.group2 = triton.next_power_of_2(self.group)
         self.chunks = triton.cdiv(self.n_slots, CHUNK)
-        self.M = max(16, (tile_rows if self.n_rows == 1 else 1) * self.group2)
+        # as many for several rows, which need fewer: M decides in which order a query's sums are added up
+        self.M = tile_rows * self.group2
         self.partial = new_wide(self.n_rows * config.n_kv_head, self.chunks, max_rows // tile_rows, self.M,
                                 config.head_dim)
         self.total = torch.zeros_like(self.partial[..., 0])

@@ -29,12 +29,16 @@ Shapes: B batch, T time, C channels, H attention heads, D head dim, K stages, V 
 import copy
 import math
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn import init
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SOFTCAP = 15.0          # logits are squashed into (-15, 15)
@@ -68,7 +72,7 @@ class ModelConfig:
     def __post_init__(self):
         # a checkpoint's JSON has a list
         object.__setattr__(self, "stage_layers", tuple(self.stage_layers))
-        if min(self.stage_layers, default=0) < 1 or sum(self.stage_layers) != self.n_layer:
+        if sum(self.stage_layers) != self.n_layer or min(self.stage_layers) < 1:
             raise ValueError(f"stage_layers {self.stage_layers} must be positive and sum to n_layer = "
                              f"{self.n_layer}")
         if self.objective == "bp" and self.n_stage != 1:
@@ -87,10 +91,6 @@ class ModelConfig:
     @property
     def head_dim(self):
         return self.n_embd // self.n_head
-
-    def has_value_embed(self, layer):
-        """Every second layer has a value embedding, the last one included (nanochat)."""
-        return layer % 2 == (self.n_layer - 1) % 2
 
 
 # The matrices and one head of d12 hold 122 M parameters, of 1b 1.00 G, of 3b (the card's) 2.15 G.
@@ -111,19 +111,19 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotary_tables(sequence_len, head_dim):
-    """Return cos and sin, float32 (sequence_len, head_dim / 2), of RoFormer's angles (arXiv 2104.09864).
+def rotary_tables(config):
+    """Return cos and sin, float32 (sequence_len, D / 2), of RoFormer's angles (arXiv 2104.09864).
 
     Computed on the CPU, so that training and decoding have the same bits on every device.
     """
     with torch.device("cpu"):
-        inv_freq = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.outer(torch.arange(sequence_len, dtype=torch.float32), inv_freq)
+        inv_freq = ROPE_BASE ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        angles = torch.outer(torch.arange(config.sequence_len, dtype=torch.float32), inv_freq)
         return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate the channel pairs (i, i + D/2) of x (B, T, H, D) by tables that broadcast to (B, T, 1, D/2)."""
+    """Rotate the channel pairs (i, i + D/2) of x (B, T, H, D) by tables (T, 1, D/2) or (B, T, 1, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
@@ -167,7 +167,7 @@ def cross_entropy_chunk(logits, targets, scale):
     return (total.log() - SOFTCAP * tanh_y).sum(), grad
 
 
-def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss=cross_entropy_chunk):
+def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss):
     """Softcapped cross-entropy of a head with its gradients, chunk by chunk, never holding all logits.
 
     The gradient is computed in the forward (as Liger's fused linear cross-entropy, arXiv 2410.10989, does),
@@ -178,9 +178,9 @@ def head_cross_entropy(x, weight, targets, weight_grad, scale, chunk_loss=cross_
     Returns (loss, x_grad): 0-d tensor, scale * summed nats; (N, C) in the dtype of x.
     """
     x_grad = torch.empty_like(x)
-    loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    step = max(1, LOSS_CHUNK_LOGITS[x.device.type] // weight.size(0))
-    for i in range(0, x.size(0), step):
+    loss = 0.0
+    step = max(1, LOSS_CHUNK_LOGITS[x.device.type] // len(weight))
+    for i in range(0, len(x), step):
         x_chunk = x[i:i + step]
         nats, grad = chunk_loss(x_chunk @ weight.T, targets[i:i + step], scale)    # grad (n, V)
         loss += nats
@@ -197,9 +197,8 @@ def attention_backends(device):
     """
     if torch.device(device).type != "cuda":
         return nullcontext()
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-             SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                        SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,9 +209,7 @@ def add_weight_grad(weight_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tens
 
     grad: (n, O), x: (n, C), of one dtype.
     """
-    if weight_grad.dtype == x.dtype:
-        weight_grad.addmm_(grad.T, x)
-    elif x.is_cuda:
+    if x.is_cuda and x.dtype != weight_grad.dtype:
         torch.addmm(weight_grad, grad.T, x, out_dtype=weight_grad.dtype, out=weight_grad)
     else:
         weight_grad.addmm_(grad.T.to(weight_grad.dtype), x.to(weight_grad.dtype))
@@ -287,7 +284,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, length, config.n_kv_head, config.head_dim)
         # zeros, since masked slots are multiplied by 0, and 0 * NaN is NaN
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
         self.rows = torch.arange(batch_size, device=device)[:, None]     # (B, 1)
 
     def place(self, positions, end):
@@ -318,8 +315,6 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         kv_dim = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -328,15 +323,16 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.value_embed = None
         self.value_gate = None
-        if config.has_value_embed(layer):
+        # every second layer has one, the last layer included (nanochat)
+        if (config.n_layer - layer) % 2 == 1:
             self.value_embed = Embedding(config.vocab_size, kv_dim)
             self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head)
 
     def forward(self, x, idx, cos, sin, cache=None):
         B, T, C = x.size()
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q = self.c_q(x).view(B, T, -1, self.head_dim)                                   # (B, T, H, D)
+        k = self.c_k(x).view(B, T, -1, self.head_dim)                                   # (B, T, H_kv, D)
+        v = self.c_v(x).view(B, T, -1, self.head_dim)
         if self.value_embed is not None:
             embed = self.value_embed(idx).to(x.dtype).view(v.shape)
             gate = self.value_gate(x[..., :self.value_gate.in_features])                # (B, T, H_kv)
@@ -353,7 +349,7 @@ class Attention(nn.Module):
             mask = cache.mask
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
-            scale=QK_SCALE / math.sqrt(self.head_dim), enable_gqa=self.n_head != self.n_kv_head)
+            scale=QK_SCALE / math.sqrt(self.head_dim), enable_gqa=q.size(2) != k.size(2))
         # y: (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -404,22 +400,21 @@ class PoE(nn.Module):
         # a single stage needs no head beside the shared one
         n_own = config.n_stage if config.n_stage > 1 else 0
         self.lm_head_stages = nn.ModuleList(Linear(config.n_embd, config.vocab_size) for _ in range(n_own))
-        ends = [sum(config.stage_layers[:k + 1]) for k in range(config.n_stage)]
+        ends = accumulate(config.stage_layers)
         self.layers_of_stage = [range(end - n, end) for end, n in zip(ends, config.stage_layers)]
         # kept by `cast_weights` and `freeze_for_inference`
         self.merged_heads = None
         # its compiled form after `compile_regions`
         self.chunk_loss = cross_entropy_chunk
-        cos, sin = rotary_tables(config.sequence_len, config.head_dim)              # (sequence_len, D / 2)
-        self.register_buffer("cos", cos.to(self.wte.weight.device), persistent=False)
-        self.register_buffer("sin", sin.to(self.wte.weight.device), persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_tables(config)):
+            self.register_buffer(name, table.to(self.wte.weight.device), persistent=False)
 
     @classmethod
-    def from_config(cls, config, weights, compute_dtype=torch.float32):
+    def from_config(cls, config, weights, compute_dtype):
         """Build a model around its weights, {name: tensor}, without a copy. config: ModelConfig's fields."""
         with torch.device("meta"):
             model = cls(ModelConfig(**config), compute_dtype)
-        model.cos, model.sin = rotary_tables(model.config.sequence_len, model.config.head_dim)
+        model.cos, model.sin = rotary_tables(model.config)
         model.load_state_dict(weights, assign=True)
         return model
 
@@ -440,24 +435,27 @@ class PoE(nn.Module):
         x0_lambda          0.20 at the first layer, falling linearly to 0.05
         """
         generator = torch.Generator(self.wte.weight.device).manual_seed(seed)
+        normal = partial(init.normal_, generator=generator)
+        uniform = partial(init.uniform_, generator=generator)
         # a uniform on [-bound, bound] has std 1/sqrt(n_embd)
         bound = math.sqrt(3.0 / self.config.n_embd)
-        nn.init.normal_(self.wte.weight, std=0.8, generator=generator)
-        nn.init.normal_(self.lm_head.weight, std=0.001, generator=generator)
+        normal(self.wte.weight, std=0.8)
+        normal(self.lm_head.weight, std=0.001)
         for head in self.lm_head_stages:
-            nn.init.zeros_(head.weight)
+            init.zeros_(head.weight)
         for layer, block in enumerate(self.blocks):
-            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
-                nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-            nn.init.zeros_(block.attn.c_proj.weight)
-            if block.attn.value_embed is not None:
-                nn.init.uniform_(block.attn.value_embed.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(block.attn.value_gate.weight, 0.0, 0.02, generator=generator)
-            nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound, generator=generator)
-            nn.init.zeros_(block.mlp.c_proj.weight)
+            attn = block.attn
+            for linear in (attn.c_q, attn.c_k, attn.c_v):
+                uniform(linear.weight, -bound, bound)
+            init.zeros_(attn.c_proj.weight)
+            if attn.value_embed is not None:
+                uniform(attn.value_embed.weight, -bound, bound)
+                uniform(attn.value_gate.weight, 0.0, 0.02)
+            uniform(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            init.zeros_(block.mlp.c_proj.weight)
             depth = layer / max(self.config.n_layer - 1, 1)
-            nn.init.constant_(block.resid_lambda, 1.15 - 0.10 * depth)
-            nn.init.constant_(block.x0_lambda, 0.20 - 0.15 * depth)
+            init.constant_(block.resid_lambda, 1.15 - 0.10 * depth)
+            init.constant_(block.x0_lambda, 0.20 - 0.15 * depth)
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -471,14 +469,12 @@ class PoE(nn.Module):
         idx: int64 (B, T), read by value embeddings. Without a cache, positions are 0..T-1; with one, they are
         those last given to `cache.place`.
         """
-        if cache is None:
-            cos = self.cos[None, :idx.size(1), None]                        # (1, T, 1, D/2)
-            sin = self.sin[None, :idx.size(1), None]
-        else:
+        positions = slice(idx.size(1))
+        if cache is not None:
             # unused rows may lie beyond the context
             positions = cache.positions.clamp(max=len(self.cos) - 1)
-            cos = self.cos[positions][:, :, None]                           # (B, T, 1, D/2)
-            sin = self.sin[positions][:, :, None]
+        cos = self.cos[positions][..., None, :]                 # (T, 1, D/2), with a cache (B, T, 1, D/2)
+        sin = self.sin[positions][..., None, :]
         for layer in self.layers_of_stage[k]:
             x = self.blocks[layer](x, x0, idx, cos, sin, cache)
         return x
@@ -525,46 +521,36 @@ class PoE(nn.Module):
         x = x0 = self.embed(idx)
         for k in range(self.config.n_stage):
             x = self.stage(k, x, x0, idx)
-            normed = norm(x)                                                # (B, T, C)
-            head = self.lm_head_stages[k] if self.lm_head_stages else self.lm_head
-            if head.weight.grad is None:
-                head.weight.grad = torch.zeros_like(head.weight)
+            normed = norm(x).flatten(0, 1)                                  # (N, C)
+            shared = self.lm_head.weight
+            own = self.lm_head_stages[k].weight if self.lm_head_stages else shared
+            if own.grad is None:
+                own.grad = torch.zeros_like(own)
             with torch.no_grad():
-                loss, normed_grad = head_cross_entropy(
-                    normed.flatten(0, 1), self.head_weight(k), targets.flatten(), head.weight.grad, scale,
-                    self.chunk_loss)
+                loss, normed_grad = head_cross_entropy(normed, self.head_weight(k), targets.flatten(),
+                                                       own.grad, scale, self.chunk_loss)
             if self.config.objective == "poe":
-                normed.backward(normed_grad.view_as(normed))
+                normed.backward(normed_grad)
                 # no gradient crosses the boundary, nor reaches wte through x0
                 x = x.detach()
                 x0 = x0.detach()
-                if last and self.lm_head_stages:
-                    self._add_to_shared_head(k)
-                yield k, loss
             else:
-                pending.append((normed, normed_grad.view_as(normed), loss))
+                pending.append((normed, normed_grad, loss))
+            if last and own is not shared:
+                shared.grad = own.grad.clone() if k == 0 else shared.grad.add_(own.grad)
+            if not pending:
+                yield k, loss
         if pending:
             tops, grads, losses = zip(*pending)
             torch.autograd.backward(tops, grads)
-            if last:
-                for k in range(len(self.lm_head_stages)):
-                    self._add_to_shared_head(k)
             yield from enumerate(losses)
-
-    @torch.no_grad()
-    def _add_to_shared_head(self, k):
-        """Add the gradient of stage k's own head to the shared head's, which begins as that of stage 0."""
-        shared = self.lm_head.weight
-        grad = self.lm_head_stages[k].weight.grad
-        shared.grad = grad.clone() if k == 0 else shared.grad.add_(grad)
 
     def names_of_stage(self, k):
         """Names of the parameters that stage k alone trains: the shared head's only where K = 1."""
-        prefixes = [f"blocks.{layer}." for layer in self.layers_of_stage[k]] + [f"lm_head_stages.{k}."]
+        prefixes = [f"blocks.{layer}." for layer in self.layers_of_stage[k]]
+        prefixes.append(f"lm_head_stages.{k}." if self.lm_head_stages else "lm_head.")
         if k == 0:
             prefixes.append("wte.")
-        if self.config.n_stage == 1:
-            prefixes.append("lm_head.")
         return [name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes))]
 
     def compile_regions(self):
@@ -585,10 +571,9 @@ class PoE(nn.Module):
         """
         if self.compute_dtype == self.lm_head.weight.dtype:
             return
-        for block in self.blocks:
-            for module in block.modules():
-                if isinstance(module, Linear):
-                    module.keep_cast(self.compute_dtype)
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                module.keep_cast(self.compute_dtype)
         # without this, `head_weight` would return those of the old weights
         self.merged_heads = None
         self.merged_heads = [self.head_weight(k) for k in range(self.config.n_stage)]
@@ -619,7 +604,7 @@ def count_parameters(config):
     """Parameters by group, as integers, counted on the meta device; their sum is the model's size."""
     with torch.device("meta"):
         model = PoE(config)
-    groups = dict.fromkeys(("matrices", "value_embeds", "heads", "wte", "gates", "scalars"), 0)
+    groups = Counter()
     for name, p in model.named_parameters():
         groups[parameter_group(name)] += p.numel()
     return groups
@@ -627,11 +612,9 @@ def count_parameters(config):
 
 def parameter_group(name):
     """The kind of a parameter by its name: matrices, value_embeds, heads, wte, gates or scalars."""
-    for pattern, group in (("value_embed", "value_embeds"), ("value_gate", "gates"), ("lambda", "scalars"),
-                           ("lm_head", "heads"), ("wte", "wte"), ("attn.c_|mlp.c_", "matrices")):
-        if re.search(pattern, name):
-            return group
-    raise ValueError(f"no parameter group is known for {name!r}")
+    groups = {"value_embed": "value_embeds", "value_gate": "gates", "lambda": "scalars", "lm_head": "heads",
+              "wte": "wte", "attn.c_|mlp.c_": "matrices"}
+    return next(group for pattern, group in groups.items() if re.search(pattern, name))
 
 
 def stage_bytes(model):
@@ -640,15 +623,12 @@ def stage_bytes(model):
     Block matrices and one merged head (V x C) per stage in the compute dtype. Embedding rows, gates and
     scalars, under 0.1 %, are left out.
     """
-    elements = 0
-    found = []
-    for layers in model.layers_of_stage:
-        elements += model.config.vocab_size * model.config.n_embd
-        for layer in layers:
-            elements += sum(p.numel() for name, p in model.blocks[layer].named_parameters()
-                            if parameter_group(name) == "matrices")
-        found.append(elements * model.compute_dtype.itemsize)
-    return found
+    config = model.config
+    head = config.vocab_size * config.n_embd
+    # all layers have matrices of the same shapes
+    layer = count_parameters(config)["matrices"] // config.n_layer
+    elements = accumulate(n_layers * layer + head for n_layers in config.stage_layers)
+    return [n * model.compute_dtype.itemsize for n in elements]
 
 
 def flops_per_token(config):

@@ -21,6 +21,7 @@ World size 1 is the same path without them. A parameter without a gradient is an
 it on some would hang the others. Not here: the parameters' names and groups, schedules, logging.
 """
 import functools
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,8 @@ GRAM_RATIO = 2
 GRAM_RESTART = 2
 # matrices of one shape are orthogonalised together, up to this many elements at once
 STACK_ELEMENTS = 2 ** 26
+# an owner's state of each parameter, beside the number of its steps
+MOMENTS = {"muon": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}
 # parameters up to this size travel in one message with others of their owner
 SMALL_ELEMENTS = 2 ** 10
 
@@ -165,11 +168,8 @@ def assign_owners(groups, world_size):
     """Deal the parameters of `groups` out to ranks, costliest first: {name: rank}. The same on every rank."""
     owner = {}
     for kind in ("muon", "adamw"):
-        cost = {}
-        for group in groups:
-            if group["kind"] == kind:
-                for name, p in group["params"].items():
-                    cost[name] = polar_flops(p.shape) if kind == "muon" else p.numel()
+        cost = {name: polar_flops(p.shape) if kind == "muon" else p.numel()
+                for group in groups if group["kind"] == kind for name, p in group["params"].items()}
         load = [0] * world_size
         for name in sorted(cost, key=lambda name: (-cost[name], name)):
             owner[name] = load.index(min(load))
@@ -196,9 +196,8 @@ def units_of(rank, groups, owner):
             if group["kind"] == "muon":
                 stack = open_stacks.get(p.shape, [])
                 if not stack or (len(stack) + 1) * p.numel() > STACK_ELEMENTS:
-                    stack = []
+                    stack = open_stacks[p.shape] = []
                     stacks.append(stack)
-                    open_stacks[p.shape] = stack
                 stack.append(name)
             elif p.numel() > SMALL_ELEMENTS:
                 large.append([name])
@@ -247,16 +246,16 @@ class MuonAdamW:
         self.state = {}
         for unit in self.units[rank]:
             for name in unit:
-                moments = ["momentum_buffer"] if self.group_of[name]["kind"] == "muon" else ["exp_avg",
-                                                                                             "exp_avg_sq"]
-                self.state[name] = {key: torch.zeros_like(self.params[name], requires_grad=False)
-                                    for key in moments}
-                self.state[name]["step"] = 0
+                moments = MOMENTS[self.group_of[name]["kind"]]
+                self.state[name] = {key: torch.zeros_like(self.params[name]) for key in moments} | {"step": 0}
 
     def messages(self, names):
-        """Yield the names that travel together: a large parameter alone, an owner's small ones as one."""
+        """Yield the names that travel together: a large parameter alone, an owner's small ones as one.
+
+        In a world of one nothing travels.
+        """
         small = {}
-        for name in names:
+        for name in names if self.world_size > 1 else []:
             if self.params[name].numel() > SMALL_ELEMENTS:
                 yield [name]
             else:
@@ -265,8 +264,6 @@ class MuonAdamW:
 
     def start_reduce(self, names):
         """Begin to sum these parameters' gradients onto their owners; all ranks give the same names."""
-        if self.world_size == 1:
-            return
         for message in self.messages(names):
             buffer = pack([self.params[name].grad for name in message])
             work = dist.reduce(buffer, self.owner[message[0]], async_op=True)
@@ -290,16 +287,17 @@ class MuonAdamW:
         assert not missing, f"parameters without a gradient: {missing}"
         self.start_reduce([name for name in self.params if name not in self.reducing])
         sending = []
-        for i in range(max(map(len, self.units))):
-            if i < len(self.units[self.rank]):
-                self.finish_reduce(self.units[self.rank][i])
-                self.update(self.units[self.rank][i])
-            if self.world_size > 1:
-                for rank, units in enumerate(self.units):
-                    for message in self.messages(units[i] if i < len(units) else []):
-                        weights = [self.params[name].data for name in message]
-                        buffer = pack(weights)
-                        sending.append((dist.broadcast(buffer, rank, async_op=True), buffer, weights))
+        # one unit of every rank at a time
+        for units in zip_longest(*self.units, fillvalue=[]):
+            mine = units[self.rank]
+            if mine:
+                self.finish_reduce(mine)
+                self.update(mine)
+            for rank, names in enumerate(units):
+                for message in self.messages(names):
+                    weights = [self.params[name].data for name in message]
+                    buffer = pack(weights)
+                    sending.append((dist.broadcast(buffer, rank, async_op=True), buffer, weights))
         for work, buffer, weights in sending:
             work.wait()
             unpack(buffer, weights)
@@ -316,8 +314,8 @@ class MuonAdamW:
         if group["kind"] == "muon":
             buffers = [self.state[name]["momentum_buffer"] for name in names]
             params = [self.params[name] for name in names]
-            muon_update(params, [p.grad for p in params], buffers, lr=group["lr"], momentum=group["momentum"],
-                        weight_decay=group["weight_decay"], compile=self.compile)
+            muon_update(params, [p.grad for p in params], buffers, group["lr"], group["momentum"],
+                        group["weight_decay"], self.compile)
         for name in names:
             p = self.params[name]
             state = self.state[name]

@@ -2,50 +2,52 @@
 The model card's tables and picture, from what evaluate.py measured; nothing is measured here.
 
     python report.py runs/tiny          # every measured step of a run: TRAJECTORY.md and trajectory.png in it
+    python report.py runs/poe runs/bp --losses losses.png      # training losses and validations of runs
 
 A row is the metrics.json of one checkpoint as a dict, with its timings.json under the key "timings" and its
 name in the tables under "name". A figure is named by its path in a row, such as "bpb/single/0". Functions are
-pure, but for `write_report`, which reads and writes a run's files, and `main`.
+pure, but for `write_report`, which reads and writes a run's files, `plot_losses` and `main`.
 
 Every judgement follows a fixed rule: a change within two standard errors is noise, and where no error is
-known the sign alone decides. Errors are of documents, because the positions of a document are alike.
+known the sign alone decides. The errors are evaluate.py's: spreads over resamples of blocks of documents.
 """
+import json
 import math
 import re
 import sys
-from collections import namedtuple
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import checkpoint_steps, read_json
-from common import parse_flags, run, write_whole
+from checkpoint import checkpoint_steps, read_json, read_log
+from common import flag, parse_flags, run, write_whole
 from model import ModelConfig, flops_per_token
 from schedule import learning_rate, phase_index, phase_of, position
 
 # How a figure is printed and which way is better (-1 lower, +1 higher, 0 neither), by how a name in its path
 # ends, a regular expression; the first that fits.
-Form = namedtuple("Form", "text better", defaults=("{:,.4f}", 0))
 FORMS = {
-    "bpb|alpha_sweep|violation_rate": Form("{:,.6f}", -1),
-    "crossover_gap": Form("{:+,.6f}"),
-    "accuracy|acceptance|agreement": Form("{:,.4f}", 1),
-    "mean_accepted": Form("{:,.2f}", 1),
-    "fraction": Form("{:,.2%}", 1),
-    "projected_speedup|compute_multiplier": Form("{:,.3f}x", 1),
-    "speedup": Form("{:,.2f}x", 1),
-    "tokens_per_s": Form("{:,.1f}"),
-    "rel_it": Form("{:,}")}
+    "bpb|bpb_old|alpha_sweep|violation_rate": ("{:,.6f}", -1),
+    "crossover_gap": ("{:+,.6f}", 0),
+    "accuracy|acceptance|agreement": ("{:,.4f}", 1),
+    "mean_accepted": ("{:,.2f}", 1),
+    "fraction": ("{:,.2%}", 1),
+    "projected_speedup|compute_multiplier": ("{:,.3f}x", 1),
+    "speedup": ("{:,.2f}x", 1),
+    "rel_it": ("{:,}", 0),
+    ".*": ("{:,.4f}", 0)}
 
-# The card's "Reading the table", and accuracy, which the verdict counts too.
+# The card's "Reading the table", and what else the verdict counts: question and figures, see `spread`.
 QUESTIONS = {
-    "descent": "1. BPB descent past the seed",
-    "stages": "2. Per-stage refinement, s0 first",
-    "accuracy": "Accuracy",
-    "routing": "3. Routing margin",
-    "acceptance": "4. Acceptance of s0's drafts",
-    "bounds": "5. WAND bounds"}
+    "descent": ("1. BPB descent past the seed", "bpb/full"),
+    "stages": ("2. Per-stage refinement, s0 first", "bpb/single/{}"),
+    "accuracy": ("Accuracy", "accuracy/full"),
+    "routing": ("3. Routing margin", "routing/fraction"),
+    "acceptance": ("4. Acceptance of s0's drafts", "speculative/acceptance"),
+    "bounds": ("5. WAND bounds", "wand/p99_bounds/{}"),
+    "old": ("BPB on the data of earlier phases", "train_log_bpb_old/{}/full")}
 
 # The facts that evaluate.py grades, and the card's headers for them.
 FACTS = {
@@ -69,52 +71,59 @@ def lookup(value, path):
     return value
 
 
+def read_row(step):
+    """The row of a step directory that was measured."""
+    return {**read_json(step / "metrics.json"), "timings": read_json(step / "timings.json")}
+
+
 def count_stages(row):
     """K of the checkpoint that a row is of."""
     return len(row["bpb"]["single"])
 
 
-def ratio(numerator, denominator):
-    """(R, standard error) of R = sum(numerator) / sum(denominator), from float64 sums (G,) per block of
-    documents.
+def spread(row, columns):
+    """Columns {header: path} with one for each entry of a list where the path holds {} for its number: "s{}":
+    "bpb/single/{}" gives "s0": "bpb/single/0" and so on.
 
-    The usual linearisation of a ratio: with e = numerator - R denominator,
-    se^2 = G / (G - 1) sum(e^2) / sum(denominator)^2 over the G blocks that hold something. Documents are
-    taken as independent, positions of one are not. None where nothing was counted.
+    In a header {1} is the number of the next entry and {2} the entry. The prefix of all stages, which is
+    full, is left out.
     """
-    total = denominator.sum()
-    G = int((denominator != 0).sum())
-    if total == 0:
-        return None, None
-    value = numerator.sum() / total
-    residual = numerator - value * denominator
-    return float(value), float(math.sqrt(G / (G - 1) * (residual ** 2).sum()) / total) if G > 1 else None
+    full = f"bpb/prefix/{count_stages(row) - 1}"
+    found = {}
+    for header, path in columns.items():
+        owner, many, _ = path.partition("/{}")
+        entries = (lookup(row, owner) or []) if many else [None]
+        found |= {header.format(k, k + 1, entry): path.format(k) for k, entry in enumerate(entries)
+                  if path.format(k) != full}
+    return found
+
+
+def stderr_path(path):
+    """Where a figure's standard error lies: that of "bpb/single/0" at "bpb/single_stderr/0"."""
+    return re.sub(r"(/-?[\d.]+)?$", r"_stderr\1", path, count=1)
 
 
 def stderr_of_change(path, row, base):
     """Standard error of the difference of a figure in two rows of one slice, or None where they give none.
 
-    bpb and accuracy: paired, per block of documents. Other rates: the root of the sum of squares, which is
-    too large rather than too small, because both come from the same text.
+    Paired: the spread of the difference over the resamples of the text, which are the same for all
+    checkpoints. Where it does not vary, or without resamples, the root of the sum of squares.
     """
-    blocks = [lookup(r, f"blocks/{path}") for r in (row, base)]
-    if None not in blocks:
-        counted, unit = ("tokens", 1) if path.startswith("accuracy") else ("bytes", math.log(2))
-        texts = [*blocks, row["blocks"][counted]]
-        sums, base_sums, counts = (np.array(text.split(), dtype=float) for text in texts)
-        return ratio((sums - base_sums) / unit, counts)[1]
-    # "accuracy/single/0" has its error at "accuracy/single_stderr/0"
-    stderr_path = re.sub(r"(/-?\d+)?$", r"_stderr\1", path, count=1)
-    errors = [lookup(r, stderr_path) for r in (row, base)]
-    return None if None in errors else math.hypot(*errors)
+    errors, resamples = ([lookup(r, where) for r in (row, base)]
+                         for where in (stderr_path(path), f"resamples/{path}"))
+    if None in errors:
+        return None
+    if None not in resamples:
+        values, base_values = (np.array(text.split(), dtype=float) for text in resamples)
+        spread = float(np.nanstd(values - base_values, ddof=1))
+        if spread > 0:
+            return spread
+    return math.hypot(*errors)
 
 
 def form_of(path):
-    """The `Form` of a figure."""
-    for names, form in FORMS.items():
-        if re.search(f"({names})(/|$)", path):
-            return form
-    return Form()
+    """(how a figure is printed, which way is better), see `FORMS`."""
+    return next(form for names, form in FORMS.items() if re.search(f"({names})(/|$)", path))
 
 
 def change(path, row, base):
@@ -127,7 +136,7 @@ def change(path, row, base):
         return None
     delta = values[0] - values[1]
     stderr = stderr_of_change(path, row, base)
-    better = form_of(path).better
+    _, better = form_of(path)
     if abs(delta) <= 2 * (stderr or 0):
         word = "noise"
     elif better:
@@ -141,10 +150,19 @@ def shown(path, value, signed=False):
     """A figure, or with `signed` a change of one, as the tables print it; a dash where not measured."""
     if value is None:
         return "—"
-    text = form_of(path).text.format(value)
+    text = form_of(path)[0].format(value)
     if signed:
         text = ("" if text[0] in "+-" else "+") + text.replace("%", " pp")
     return text
+
+
+def shown_figure(path, row):
+    """A figure of a row as the tables print it; a rate of 0 with its upper limit, two standard errors."""
+    value = lookup(row, path)
+    error = lookup(row, stderr_path(path))
+    text = shown(path, value)
+    _, better = form_of(path)
+    return f"{text} (≤ {shown(path, 2 * error)})" if value == 0 and error and better else text
 
 
 def shown_change(found, error=False):
@@ -168,53 +186,45 @@ def tables(row):
     The first seven are the card's; the others hold what its protocol lacks.
     """
     K = count_stages(row)
-    cap = lookup(row, "routing/cap") or 0.02
-
-    # a column for each stage k, or for each step from stage k to k + 1
-    def each(header, path, n):
-        return {header.format(k, k + 1): f"{path}/{k}" for k in range(n)}
-
-    depth = each("exceedance {} → {}", "wand/exceedance", K - 1)
-    for name, path in (("p99", "wand"), ("margin", "wand/margin")):
-        depth |= {
-            **each(name + " exits s{}", f"{path}/exit_fraction", K),
-            f"{name} violations": f"{path}/violation_rate",
-            f"{name} agreement": f"{path}/agreement",
-            f"{name} speedup": f"{path}/projected_speedup"}
-    return {
-        "Per-checkpoint val BPB": {
+    cap = shown_figure("routing/cap", row)
+    data = lookup(row, "settings/data")
+    found = {
+        f"Per-checkpoint val BPB{f' (local slice: text of {data})' if data else ''}": {
             "Phase rel_it": "phase/rel_it", "Training-log val BPB": "train_log_bpb/full",
+            "Training-log val BPB on earlier data, {2[mix]}": "train_log_bpb_old/{}/full",
             f"Local-slice full K={K} BPB": "bpb/full"},
         "Per-stage BPB": {
-            f"full K={K}": "bpb/full", **each("single s{}", "bpb/single", K),
-            **each("prefix K'={1}", "bpb/prefix", K - 1)},
-        "Per-stage standalone target accuracy": {
-            **each("s{}", "accuracy/single", K), "full": "accuracy/full"},
+            f"full K={K}": "bpb/full", "single s{}": "bpb/single/{}", "prefix K'={1}": "bpb/prefix/{}"},
+        "Per-stage standalone target accuracy": {"s{}": "accuracy/single/{}", "full": "accuracy/full"},
         f"Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)": {
             "acceptance α": "speculative/acceptance", "mean accepted / 4": "speculative/mean_accepted",
             "end-to-end speedup": "timings/speculative/speedup"},
-        f"Confidence-aware routing (target_regression cap = {cap:.3f})": {
+        f"Confidence-aware routing (target_regression cap = {cap})": {
             "fraction routed to stage 0": "routing/fraction",
             "projected speedup": "routing/projected_speedup",
             "base s0=full agreement": "routing/base_agreement"},
-        "WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)":
-            each("bound {} → {}", "wand/p99_bounds", K - 1),
+        "WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)": {
+            "bound {} → {}": "wand/p99_bounds/{}"},
         "Bayesian PoE α-sweep (renormed BPB at α=0)": {
             "α=0 (geom-mean)": "alpha_sweep/0", "α=0.25": "alpha_sweep/0.25",
             "α=0.5 (Bayesian √K)": "alpha_sweep/0.5", "α=0.75": "alpha_sweep/0.75",
             "α=1.0 (pure sum / Log-OP)": "alpha_sweep/1",
             f"crossover gap (α=0 vs single s{K - 1})": "crossover_gap"},
-        "Self-speculative decoding: the card's 7 prompts, and speeds": {
+        "Self-speculative decoding, the card's 7 prompts": {
             "acceptance, 7 prompts": "speculative/card_prompts/acceptance",
-            "mean accepted / 4, 7 prompts": "speculative/card_prompts/mean_accepted",
-            "tokens/s, plain": "timings/speculative/plain_tokens_per_s",
-            "tokens/s, speculative": "timings/speculative/speculative_tokens_per_s",
-            "tokens/s, s0 alone": "timings/speculative/s0_tokens_per_s"},
-        "Adaptive depth, on other text than calibrated it": depth,
+            "mean accepted / 4, 7 prompts": "speculative/card_prompts/mean_accepted"},
+        f"Adaptive depth, on other text than calibrated it (margin's cap of violations: "
+        f"{shown_figure('wand/margin/cap', row)})": {
+            "exceedance {} → {}": "wand/exceedance/{}", "p99 exits s{}": "wand/exit_fraction/{}",
+            "p99 violations": "wand/violation_rate", "p99 agreement": "wand/agreement",
+            "p99 speedup": "wand/projected_speedup", "margin exits s{}": "wand/margin/exit_fraction/{}",
+            "margin violations": "wand/margin/violation_rate", "margin agreement": "wand/margin/agreement",
+            "margin speedup": "wand/margin/projected_speedup"},
         "Routing, on other text than calibrated it": {
             "threshold": "routing/threshold", "oracle fraction": "routing/oracle_fraction",
             "agreement of the routed": "routing/agreement",
-            "mean cost of the routed, nats": "routing/mean_cost"}}
+            f"mean cost of the routed, nats (cap {cap})": "routing/mean_cost"}}
+    return {title: spread(row, columns) for title, columns in found.items()}
 
 
 def markdown(header, rows, text=False):
@@ -223,9 +233,10 @@ def markdown(header, rows, text=False):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
 
 
-def branch(row):
-    """The first two cells of a checkpoint's line in a table."""
-    return [row["name"], f"{row['step']:,}"]
+def checkpoint_table(columns, rows, cells, text=False, name="Checkpoint"):
+    """A Markdown table with a line for each checkpoint. cells: those of each line after its name and step."""
+    lines = [[row["name"], f"{row['step']:,}", *others] for row, others in zip(rows, cells)]
+    return markdown([name, "Step", *columns], lines, text)
 
 
 def tables_text(rows):
@@ -238,25 +249,13 @@ def tables_text(rows):
         paths = columns.values()
         if all(lookup(row, path) is None for row in rows for path in paths):
             continue
-        lines = [[*branch(row), *(shown(path, lookup(row, path)) for path in paths)] for row in rows]
-        texts += [f"### {title}", markdown(["Branch", "Step", *columns], lines)]
-        changes = []
-        for previous, row in zip(rows, rows[1:]):
-            cells = [" / ".join(shown_change(change(path, row, base)) for base in (previous, rows[0]))
-                     for path in paths]
-            changes.append([*branch(row), *cells])
+        figures = [[shown_figure(path, row) for path in paths] for row in rows]
+        texts += [f"### {title}", checkpoint_table(columns, rows, figures)]
+        changes = [[" / ".join(shown_change(change(path, row, base)) for base in (previous, rows[0]))
+                    for path in paths] for previous, row in zip(rows, rows[1:])]
         if changes:
-            texts.append(markdown(["Change", "Step", *columns], changes))
+            texts.append(checkpoint_table(columns, rows[1:], changes, name="Change"))
     return "\n\n".join(texts)
-
-
-def tables_of(rows):
-    """The tables of single checkpoints, {path: row}, as text: one set for as many stages on the same text."""
-    groups = {}
-    for path, row in rows.items():
-        alike = (count_stages(row), row["settings"]["slice_sha256"])
-        groups.setdefault(alike, []).append({**row, "name": f"`{path}`"})
-    return "\n\n".join(map(tables_text, groups.values()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,14 +265,32 @@ def phase_position(phases, step):
     """metrics.json's `phase`: where a step stands in the phase that it belongs to."""
     phase = phases[phase_index(phases, step)]
     name, offset = position(phase, step)
-    lrm = learning_rate(phase, step)
-    return {"rel_it": step - phase.anchor, "lrm": lrm, "position": name, "offset": offset}
+    return {"rel_it": step - phase.anchor, "lrm": learning_rate(phase, step), "position": name,
+            "offset": offset}
 
 
 def records(rows, path):
     """Steps of the rows whose figure is better than in every row before; the first row is one."""
-    values = [form_of(path).better * lookup(row, path) for row in rows]
+    _, better = form_of(path)
+    values = [better * lookup(row, path) for row in rows]
     return [row["step"] for i, row in enumerate(rows) if all(values[i] > before for before in values[:i])]
+
+
+def correct(changes):
+    """Call noise what Holm's correction for the number of `changes` does not let pass, so that noise alone
+    moves any of them as seldom as it moves one beyond two standard errors. Changes without a better way, as
+    of bounds, decide nothing and are not counted.
+    """
+    def chance(found):
+        return math.erfc(abs(found["change"]) / found["stderr"] / math.sqrt(2))
+
+    tested = [found for found in changes if found and found["stderr"] and form_of(found["figure"])[1]]
+    tested.sort(key=chance)
+    passes = True
+    for n, found in enumerate(tested):
+        passes = passes and (len(tested) - n) * chance(found) <= math.erfc(math.sqrt(2))
+        if not passes:
+            found["judged"] = "noise"
 
 
 def answer(changes):
@@ -286,68 +303,94 @@ def read_trajectory(rows, phases):
     """What the report states of a run's rows, as a dict for JSON.
 
     questions: the changes of the last row against the first, which is the seed where the run continues
-    another; see `change`. notes: {text: steps}. Lows, highs and the rate are of the rows after the last
-    phase's warmup, the first of which is the entry. rate and projection: the least-squares line through the
-    last three of them, drawn on from the last row to the end of the phase. verdict: win where full bpb and at
-    least one more of stage bpb, accuracy, routing and acceptance are better and more are better than worse;
-    regression the other way round; else null.
+    another; see `change` and `correct`. notes: {text: steps}; lows and highs
+    are of the rows after the last phase's warmup, the first of which is the entry. projection: the
+    least-squares line through the last three of them, drawn on from the last row to the end of the phase;
+    rate: its slope; a phase at its end has neither. verdict: win where full bpb and at least one more of
+    stage bpb, accuracy, routing, acceptance and bpb on earlier data are better, and more are better than
+    worse; regression the other way round; else null. Better in full bpb but worse on earlier data is mixed.
     """
     phase = phases[-1]
     last = rows[-1]
-    K = count_stages(last)
     after_warmup = [row for row in rows if row["step"] >= phase.anchor + phase.warmup_steps]
     lows = records(after_warmup, "bpb/full")
     notes = {
-        "seed: the end of the phase before": [later.anchor for later in phases[1:]],
-        "first after the warmup": lows[:1],
-        "first below the entry": lows[1:2],
-        "new low of full bpb": lows[1:],
-        "new high of full accuracy": records(after_warmup, "accuracy/full")[1:],
-        "crossover gap negative": [row["step"] for row in rows if row["crossover_gap"] < 0]}
-    asked = {
-        "descent": ["bpb/full"],
-        "stages": [f"bpb/single/{k}" for k in range(K) if K > 1],
-        "accuracy": ["accuracy/full"],
-        "routing": ["routing/fraction"],
-        "acceptance": ["speculative/acceptance"],
-        "bounds": [f"wand/p99_bounds/{k}" for k in range(K - 1)]}
+        "entry: the first after the warmup": lows[:1],
+        "low of full bpb since the entry": lows[1:],
+        "high of full accuracy since the entry": records(after_warmup, "accuracy/full")[1:],
+        f"below {rows[0]['name']} in full bpb": [row["step"] for row in rows
+                                                 if row["bpb"]["full"] < rows[0]["bpb"]["full"]]}
     reference = rows[0] if len(rows) > 1 else None
-    questions = {name: [change(path, last, reference) for path in paths] for name, paths in asked.items()}
-    votes = [answer(questions[name]) for name in asked if name != "bounds"]
+    questions = {name: [change(one, last, reference) for one in spread(last, {"{}": path}).values()]
+                 for name, (_, path) in QUESTIONS.items()}
+    if count_stages(last) == 1:
+        # the only stage is full
+        questions["stages"] = []
+    correct(sum(questions.values(), []))
+    votes = {name: answer(changes) for name, changes in questions.items()}
+    words = list(votes.values())
     verdict = "null" if reference else "not measured"
     for word, opposite, name in (("better", "worse", "win"), ("worse", "better", "regression")):
-        if votes[0] == word and votes.count(word) > max(1, votes.count(opposite)):
+        if votes["descent"] == word and words.count(word) > max(1, words.count(opposite)):
             verdict = name
+    if votes["descent"] == "better" and "worse" in votes["old"]:
+        verdict = "mixed: better on the new text, worse on the old"
+    remaining = max(0, phase.end - last["step"])
     reading = {
         "kind": "trajectory", "reference": rows[0]["step"], "last": last["step"], "end": phase.end,
-        "remaining_steps": max(0, phase.end - last["step"]), "verdict": verdict, "questions": questions,
+        "remaining_steps": remaining, "verdict": verdict, "questions": questions,
         "facts": {fact: [row["facts"][fact] for row in rows if row["facts"]] for fact in FACTS},
         "notes": notes}
-    if len(after_warmup) > 1:
+    if len(after_warmup) > 1 and remaining:
         points = [(row["step"] - last["step"], row["bpb"]["full"]) for row in after_warmup[-3:]]
         slope = float(np.polyfit(*zip(*points), 1)[0])
         reading["rate_per_2000_steps"] = 2000 * slope
-        reading["projection"] = last["bpb"]["full"] + slope * reading["remaining_steps"]
+        reading["projection"] = last["bpb"]["full"] + slope * remaining
     return reading
 
 
-def summary_table(rows, reading):
-    """The card's six questions with their answers, the verdict, the rate and the projection."""
+def answers(rows, reading):
+    """The card's six questions with their answers and reasons, the rate and the projection: lists of three
+    texts.
+    """
     lines = []
-    for name, question in QUESTIONS.items():
+    for name, (question, _) in QUESTIONS.items():
         changes = reading["questions"][name]
-        texts = [shown_change(found, error=True) for found in changes]
-        lines.append([question, answer(changes), ", ".join(texts)])
+        if changes or name != "old":
+            reasons = ", ".join(shown_change(found, error=True) for found in changes)
+            lines.append([question, answer(changes), reasons])
     facts = [f"{fact}: {sum(known)} of {len(known)}" for fact, known in reading["facts"].items() if known]
-    lines.append(["6. Facts, rows that have each", ", ".join(facts) or "not measured", ""])
-    lines.append(["**Verdict**", f"**{reading['verdict']}**", ""])
+    lines.append(["6. Facts, checkpoints that have each", ", ".join(facts) or "not measured", ""])
     if "projection" in reading:
-        lines.append(["Full bpb per 2,000 steps", f"{reading['rate_per_2000_steps']:+.6f}", ""])
         gap = reading["projection"] - rows[0]["bpb"]["full"]
-        lines.append([f"Linear projection to step {reading['end']:,}", f"{reading['projection']:.4f}",
-                      f"{gap:+.4f}; {reading['remaining_steps']:,} steps remain"])
-    header = ["Question", "Answer", f"Change against {rows[0]['name']}, ± standard error"]
-    return markdown(header, lines, text=True)
+        lines += [["Full bpb per 2,000 steps", f"{reading['rate_per_2000_steps']:+.6f}", ""],
+                  [f"Linear projection to step {reading['end']:,}", f"{reading['projection']:.4f}",
+                   f"{gap:+.4f}; {reading['remaining_steps']:,} steps remain"]]
+    return lines
+
+
+# The main figures of a checkpoint, for the terminal.
+SUMMARY = {
+    "bpb": {"full": "bpb/full", "s{}": "bpb/single/{}"},
+    "accuracy": {"full": "accuracy/full", "s{}": "accuracy/single/{}"},
+    "speculation": {"acceptance": "speculative/acceptance", "speedup": "timings/speculative/speedup"},
+    "WAND, margins": {
+        "leave after s0": "wand/margin/exit_fraction/0", "agreement with full": "wand/margin/agreement"},
+    "routing": {"to s0": "routing/fraction", "agreement with full": "routing/agreement"}}
+
+
+def summary(row):
+    """The main figures of a checkpoint: a few lines, of what was measured."""
+    texts = [f"{row['name']}, {row['settings']['split_tokens']:,} tokens of held-out text"]
+    for title, columns in SUMMARY.items():
+        cells = []
+        for label, path in spread(row, columns).items():
+            error = lookup(row, stderr_path(path))
+            if error is not None:
+                cells.append(f"{label} {shown(path, lookup(row, path))} ± {shown(path, error)}")
+        if cells:
+            texts.append(f"  {title:<14}{'   '.join(cells)}")
+    return "\n".join(texts)
 
 
 def schedule_table(record):
@@ -362,114 +405,193 @@ def schedule_table(record):
     return markdown(["param", *(f"phase {n}" for n in range(len(phases), 0, -1))], lines)
 
 
-def branch_table(rows, reading):
-    """The card's table of branches: where each step stands in its phase, and what stands out there."""
-    lines = []
-    for row in rows:
-        where = "rel_it = {rel_it:,} ({position} +{offset:,}, lrm = {lrm:.3f})".format(**row["phase"])
-        notes = "; ".join(text for text, steps in reading["notes"].items() if row["step"] in steps)
-        lines.append([*branch(row), where, notes])
-    return markdown(["Branch", "Step", "Phase position", "Notes"], lines, text=True)
+def position_table(rows, reading):
+    """The card's table of checkpoints: where each step stands in its phase, and what stands out there."""
+    where = "rel_it = {rel_it:,} ({position} +{offset:,}, lrm = {lrm:.3f})"
+    notes = reading["notes"].items()
+    cells = [[where.format(**row["phase"]), "; ".join(text for text, steps in notes if row["step"] in steps)]
+             for row in rows]
+    return checkpoint_table(["Phase position", "Notes"], rows, cells, text=True)
 
 
 def sample_table(rows):
     """The card's table of the sample-mode probe; pending where it was not run."""
-    lines = []
-    for row in rows:
-        graded = row["facts"] or {}
-        signs = [{True: "✓", False: "✗"}.get(graded.get(fact), "pending") for fact in FACTS]
-        lines.append([*branch(row), *signs])
-    return markdown(["Branch", "Step", *FACTS.values()], lines, text=True)
+    signs = {True: "✓", False: "✗", None: "pending"}
+    cells = [[signs[lookup(row, f"facts/{fact}")] for fact in FACTS] for row in rows]
+    return checkpoint_table(FACTS.values(), rows, cells, text=True)
+
+
+# What the tables' words mean, for a reader of TRAJECTORY.md alone.
+WORDS = """\
+- `rel_it`: steps since the phase began. The seed is the checkpoint that the phase continues, the entry the
+  first one after its warmup. `lrm`: multiplier of the learning rates.
+- s0, s1, ...: the stages, groups of layers, each with a head that predicts (single). prefix K'=n: the product
+  of the first n predictions; full: of all of them. bpb: bits per byte of text, lower is better.
+- acceptance: the share of the tokens drafted by s0 that full confirms. The text is exactly full's.
+- routing: s0 alone answers where its top probability reaches a threshold. It is fitted to cost at most the
+  cap on other text too; where calibration is too small to tell, nothing is routed.
+- WAND: stop after a stage where the lead of its prefix's top token exceeds all that later stages may move it
+  by, the sum of their p99 bounds (nats); margin: where it reaches a fitted threshold. Violation: full would
+  choose otherwise."""
 
 
 def trajectory_text(name, rows, record, reading, picture):
-    """TRAJECTORY.md: answers, the card's ten tables, what it lacks. picture: a line of Markdown, or ""."""
+    """TRAJECTORY.md: verdict and answers, the words, the card's ten tables, what it lacks. picture: whether
+    there will be one.
+    """
     K = count_stages(rows[-1])
     settings = rows[-1]["settings"]
+    seed = rows[0]["name"]
     return "\n\n".join(filter(None, [
         f"# Trajectory of {name}",
-        f"{len(rows)} checkpoints of {K} stages on {settings['split_tokens']:,} tokens of validation text "
-        f"(sha256 {settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} calibrate bounds "
-        f"and thresholds. ≈ marks noise: a change within two standard errors, which are paired by document "
-        f"for bpb and accuracy; where none is known, the sign alone decides. The verdict counts full bpb, "
-        f"the bpb of all stages, accuracy, routing and acceptance: a win needs full bpb and one more better, "
-        f"and more better than worse; a regression the reverse; all else is null.",
-        summary_table(rows, reading), picture, "## Schedule", schedule_table(record),
-        "## Branches", branch_table(rows, reading),
+        f"**Verdict: {reading['verdict']}**, of {rows[-1]['name']} against {seed}. A win needs better full "
+        f"bpb, one more answer better (WAND bounds and facts apart), and more better than worse; a "
+        f"regression the reverse; all else is null.",
+        markdown(["Question", "Answer", f"Change against {seed}, ± standard error"], answers(rows, reading),
+                 text=True),
+        f"≈ and noise: a change within two standard errors, found by resampling documents; where none is "
+        f"known, the sign alone decides. The answers that count are corrected for their number (Holm), so "
+        f"that noise rarely moves any. — is not measured, or not in the log; ≤ the upper limit of a rate "
+        f"that was 0. {len(rows)} checkpoints of {K} stages on {settings['split_tokens']:,} tokens of "
+        f"validation text (sha256 {settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} "
+        f"calibrate bounds and thresholds.",
+        WORDS,
+        "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)" if picture else "",
+        "## Schedule", schedule_table(record),
+        "## Checkpoints", position_table(rows, reading),
         f"## Sample-mode probe (FULL K={K}, greedy, 60 tokens, 7-prompt fixed set)", sample_table(rows),
         "## Trajectory measurements",
-        f"Below each table: changes against the previous row / against {rows[0]['name']}.",
+        f"Below each table: changes against the previous row / against {seed}. Training-log figures are of "
+        f"train.py's validation text.",
         tables_text(rows)])) + "\n"
 
 
-def plot(rows, phases):
-    """The figure of trajectory.png: bpb with lrm behind it, accuracy, routing and acceptance, WAND bounds.
+# How lines look: markers and dashes tell them apart where colours do not.
+LOOKS = "o-C0 s--C1 D-.C2 ^:C3 v-C4 P--C5 X-.C6 *:C7".split() * 9
 
-    Raises ImportError without matplotlib, which is an extra.
-    """
+SHADE = {"color": "0.5", "alpha": 0.2}
+
+# What trajectory.png shows.
+PANELS = {
+    "bits per byte": {
+        "full": "bpb/full", "s{}": "bpb/single/{}", "full, training log": "train_log_bpb/full",
+        "earlier data {1}, training log": "train_log_bpb_old/{}/full"},
+    "top-1 accuracy": {"full": "accuracy/full", "s{}": "accuracy/single/{}"},
+    "s0 as a draft, shares": {
+        "drafts accepted": "speculative/acceptance", "s0 = full": "routing/base_agreement"},
+    "routing": {"share routed to s0": "routing/fraction"},
+    "WAND p99 bounds, nats": {"bound {} → {}": "wand/p99_bounds/{}"}}
+
+
+def behind(axis):
+    """An axis behind a panel, for lrm."""
+    shaded = axis.twinx()
+    shaded.set_ylabel("lrm (shaded)")
+    axis.set(zorder=1, facecolor="none")
+    return shaded
+
+
+def plot(rows, phases, name):
+    """The figure of trajectory.png: `PANELS`, with lrm behind the first. It needs matplotlib, an extra."""
     from matplotlib.figure import Figure
-    _, _, accuracy, _, _, bounds, *_ = tables(rows[0]).values()
-    panels = {
-        "bits per byte": {
-            "full, local slice": "bpb/full", "full, training log": "train_log_bpb/full",
-            "single s0": "bpb/single/0"},
-        "top-1 accuracy, share of targets": accuracy,
-        "routing and acceptance, share of positions": {
-            "acceptance of 4 drafts": "speculative/acceptance",
-            "s0 = full (base agreement)": "routing/base_agreement", "routed to s0": "routing/fraction"},
-        "WAND p99 bounds, nats": bounds}
     steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure.suptitle(f"{name} (bars: standard errors of the change since step {steps[0]})")
     figure.supxlabel("step")
-    axes = figure.subplots(2, 2, sharex=True)
-    for axis, (title, lines) in zip(axes.flat, panels.items()):
+    # a single stage leaves nothing to draw in the second row
+    axes = figure.subplot_mosaic("AAB;CDE" if count_stages(rows[-1]) > 1 else "AAB", sharex=True)
+    for axis, (title, columns) in zip(axes.values(), PANELS.items()):
         axis.set_title(title)
-        for label, path in lines.items():
-            axis.plot(steps, [lookup(row, path) for row in rows], ".-", label=label)
-        # one stage has no bounds
-        if lines:
-            axis.legend(fontsize=8)
+        for look, (label, path) in zip(LOOKS, spread(rows[-1], columns).items()):
+            points = [(lookup(row, path), stderr_of_change(path, row, rows[0])) for row in rows]
+            values, errors = np.array(points, dtype=float).T
+            # the first row has not changed
+            errors[0] = 0
+            if np.isfinite(values).any():
+                axis.errorbar(steps, values, errors, fmt=look, label=label, linewidth=1, markersize=4)
+        axis.legend(fontsize=8, labelspacing=0.2)
     every_step = range(steps[0], steps[-1] + 1)
-    behind = axes[0, 0].twinx()
-    behind.fill_between(every_step, [phase_position(phases, step)["lrm"] for step in every_step], color="0.9")
-    behind.set_ylabel("lrm (shaded)")
-    axes[0, 0].set(zorder=1, facecolor="none")
+    lrm = [phase_position(phases, step)["lrm"] for step in every_step]
+    behind(axes["A"]).fill_between(every_step, lrm, **SHADE)
     return figure
 
 
-def write_report(folder):
-    """Write TRAJECTORY.md and trajectory.png of a run from its steps' metrics.json; return (text, reading).
+def plot_losses(runs, losses):
+    """Draw training losses by stage and validations of runs into the file `losses`.
 
-    reading: see `read_trajectory`. Steps without metrics.json are left out and named on stderr. Raises
-    ValueError where no step has one, or where the steps were measured on different slices.
+    runs: paths of runs, or of copies of their log.jsonl under other names. A point is a mean over 1 % of the
+    log's lines.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    whole, late, validation = figure.subplot_mosaic("AA;BC").values()
+    shaded = behind(whole)
+    for look, path in zip(LOOKS, map(Path, runs)):
+        log = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
+        rows = np.array([[e["step"], e["lrm"], *e["losses"]] for e in log if e.get("kind") == "step"])
+        if not rows.size:
+            raise ValueError(f"{path} holds no training log: name a run, or a copy of its log.jsonl")
+        shaded.fill_between(*rows.T[:2], **SHADE)
+        means = np.array([part.mean(axis=0) for part in np.array_split(rows, min(100, len(rows)))])
+        name = path.resolve().name.removesuffix(".jsonl")
+        for axis, part in ((whole, means), (late, means[len(means) // 2:])):
+            for k, values in enumerate(part.T[2:]):
+                axis.plot(part[:, 0], values, look, label=f"{name} s{k}", linewidth=1 + k / 3,
+                          markersize=4, markevery=0.1)
+        points = np.array([(e["step"], e["bpb"]["full"]) for e in log if e["kind"] == "val"])
+        validation.plot(*points.reshape(-1, 2).T, look, label=name)
+    whole.set_title("training loss by stage, nats (means over 1 % of the steps)")
+    late.set_title("the same, second half")
+    validation.set_title("validation, full, bits per byte")
+    whole.legend(fontsize=8, ncols=3)
+    validation.legend(fontsize=8)
+    figure.supxlabel("step")
+    figure.savefig(losses, format=Path(losses).suffix[1:])
+
+
+def write_report(folder, rows=None, as_json=False):
+    """Print what there is to say of a run, then write its TRAJECTORY.md and trajectory.png; return (text,
+    reading), see `read_trajectory`.
+
+    rows: {step directory: row}, or None: of those that have metrics.json; others are left out, and counted
+    on stderr. Raises ValueError where there are none, or where they were measured on different slices.
     """
     folder = Path(folder)
-    record = read_json(folder / "config.json")
-    phases = [phase_of(row) for row in record["phases"]]
-    rows = []
-    for path in checkpoint_steps(folder):
-        if not (path / "metrics.json").exists():
-            print(f"{path} is left out: it has no metrics.json, which evaluate.py writes", file=sys.stderr)
-            continue
-        row = {**read_json(path / "metrics.json"), "timings": read_json(path / "timings.json")}
-        # the run may have got a new phase since this step was measured
-        row["phase"] = phase_position(phases, row["step"])
-        is_seed = row["step"] in [phase.anchor for phase in phases[1:]]
-        row["name"] = f"`{path.name}`" + (" (seed)" if is_seed else "")
-        rows.append(row)
-    slices = {row["settings"]["slice_sha256"] for row in rows}
+    steps = checkpoint_steps(folder)
+    if rows is None:
+        rows = {path: read_row(path) for path in steps if (path / "metrics.json").exists()}
+    slices = {row["settings"]["slice_sha256"] for row in rows.values()}
     if len(slices) != 1:
-        raise ValueError(f"the steps of {folder} were measured on {len(slices)} slices, not on one; "
-                         f"measure them with python evaluate.py {folder}")
+        raise ValueError(f"{folder} must be a run whose steps were measured on one slice of text, not on "
+                         f"{len(slices)}; measure them with python evaluate.py {folder}")
+    record = read_json(folder / "config.json")
+    phases = list(map(phase_of, record["phases"]))
+    seeds = [phase.anchor for phase in phases[1:]]
+    # the run may have got a new phase since a step was measured
+    rows = [{**row, "name": f"`{path.name}`{' (seed)' if row['step'] in seeds else ''}",
+             "phase": phase_position(phases, row["step"])} for path, row in rows.items()]
+    if len(rows) < len(steps):
+        print(f"{len(rows)} of {len(steps)} checkpoints were measured; for the others: python evaluate.py "
+              f"{folder}", file=sys.stderr)
     reading = read_trajectory(rows, phases)
-    picture = ""
-    try:
-        plot(rows, phases).savefig(folder / "trajectory.png", dpi=130)
-        picture = "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)"
-    except ImportError:
-        print("no trajectory.png: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
-    text = trajectory_text(folder.resolve().name, rows, record, reading, picture)
+    name = folder.resolve().name
+    picture = find_spec("matplotlib") is not None
+    text = trajectory_text(name, rows, record, reading, picture)
+    if as_json:
+        print(json.dumps(reading))
+    else:
+        print(summary(rows[-1]))
+        if len(rows) > 1:
+            print(f"verdict against {rows[0]['name']}: {reading['verdict']}")
+            for question, word, reasons in answers(rows, reading):
+                print(f"  {question:<38}{word:<14}{reasons}".rstrip())
+    # printed first: a folder that cannot be written loses nothing
     write_whole(folder / "TRAJECTORY.md", text.encode())
+    remark = "; for its picture: pip install matplotlib"
+    if picture:
+        plot(rows, phases, name).savefig(folder / "trajectory.png")
+        remark = ", and trajectory.png"
+    print(f"wrote {folder / 'TRAJECTORY.md'}, with all tables{remark}", file=sys.stderr)
     return text, reading
 
 
@@ -485,9 +607,8 @@ def tokens_seen(record, step):
 
 def validation_curve(run):
     """A run's logged validations in order: [(FLOPs spent, full bpb)]."""
-    record = run["record"]
-    flops = flops_per_token(ModelConfig(**record["model"]))
-    return [(flops * tokens_seen(record, entry["step"]), entry["bpb"]["full"])
+    flops = flops_per_token(ModelConfig(**run["record"]["model"]))
+    return [(flops * tokens_seen(run["record"], entry["step"]), entry["bpb"]["full"])
             for entry in run["log"] if entry["kind"] == "val"]
 
 
@@ -497,11 +618,10 @@ def compute_multiplier(first, other):
     Linear between validations. None where it never does, where the two were validated on different text, or
     without a log.
     """
-    for path in ("phases/-1/mix_sha256", "train/eval_tokens"):
-        if lookup(first["record"], path) != lookup(other["record"], path):
-            return None
     other_curve = validation_curve(other)
-    if not other_curve:
+    alike = [lookup(first["record"], path) == lookup(other["record"], path)
+             for path in ("phases/-1/mix_sha256", "train/eval_tokens")]
+    if not other_curve or not all(alike):
         return None
     total, target = other_curve[-1]
     curve = validation_curve(first)
@@ -515,11 +635,13 @@ def shown_gap(path, row, base):
     """A figure of a run and, in brackets, its gap to that of row `base` in percent, where both have it."""
     text = shown(path, lookup(row, path))
     found = change(path, row, base)
-    base_value = lookup(base, path)
-    if not found or not base_value:
+    value = lookup(base, path)
+    # stage k of another number of stages is another part of the model
+    alike = "single" not in path or count_stages(row) == count_stages(base)
+    if row is base or not (found and value and alike):
         return text
-    error = "" if found["stderr"] is None else f" ± {found['stderr'] / base_value:.2%}"
-    return f"{text} ({found['change'] / base_value:+.2%}{error})"
+    error = "" if found["stderr"] is None else f" ± {found['stderr'] / value:.2%}"
+    return f"{text} ({found['change'] / value:+.2%}{error})"
 
 
 def compare(runs):
@@ -531,25 +653,25 @@ def compare(runs):
     slice with one tokenizer.
     """
     first = runs[0]
-    K = max(count_stages(run["row"]) for run in runs)
-    columns = {
-        "bpb full": "bpb/full", **{f"bpb s{k}": f"bpb/single/{k}" for k in range(K)},
-        "accuracy full": "accuracy/full", "accuracy, last stage": "accuracy/single/-1",
-        "s0 = full": "routing/base_agreement", "acceptance α": "speculative/acceptance"}
+    deepest = max((run["row"] for run in runs), key=count_stages)
+    columns = spread(deepest, {
+        "bpb full": "bpb/full", "bpb s{}": "bpb/single/{}", "accuracy full": "accuracy/full",
+        "accuracy, last stage": "accuracy/single/-1", "s0 = full": "routing/base_agreement",
+        "acceptance α": "speculative/acceptance"})
     lines = []
-    for run in runs:
-        row = run["row"]
-        # stage k of another number of stages is another part of the model
-        alike = count_stages(row) == count_stages(first["row"])
-        cells = []
-        for path in columns.values():
-            has_gap = run is not first and (alike or "single" not in path)
-            cells.append(shown_gap(path, row, first["row"] if has_gap else None))
-        cells.append(shown("compute_multiplier", compute_multiplier(first, run)))
-        seen = tokens_seen(run["record"], row["step"])
-        lines.append([run["name"], f"{row['step']:,}", f"{seen:,}", *cells])
-    about = f"In brackets: the gap to {first['name']} ± its standard error. Compute multiplier: the FLOPs " \
-            f"of {first['name']} when it reached the run's last validation bpb, divided by those of the run."
+    for one in runs:
+        row = one["row"]
+        seen = tokens_seen(one["record"], row["step"])
+        lines.append([one["name"], f"{row['step']:,}", f"{seen:,}",
+                      *(shown_gap(path, row, first["row"]) for path in columns.values()),
+                      shown("compute_multiplier", compute_multiplier(first, one))])
+    judged = [f"{run['name']} {change('bpb/full', run['row'], first['row'])['judged']}" for run in runs[1:]]
+    name = first["name"]
+    about = f"Full bpb against {name}: {', '.join(judged)}. Lower bpb is better, and higher accuracy, " \
+            f"agreement and acceptance. In brackets: the gap to {name} ± its standard error; within two it " \
+            f"is noise. Compute multiplier: the FLOPs of {name} when it reached the run's last validation " \
+            f"bpb, divided by those of the run; above 1 the run is the cheaper. — is not measured; as " \
+            f"multiplier, {name} never reached it, or was validated on other text."
     header = ["Run", "Step", "Tokens seen", *columns, "Compute multiplier"]
     return f"### Final checkpoints\n\n{about}\n\n{markdown(header, lines)}"
 
@@ -559,12 +681,20 @@ def compare(runs):
 
 @dataclass(frozen=True)
 class Flags:
-    pass
+    losses: str = flag(None, "draw training losses and validations of the runs into this file (.png, .svg or "
+                             ".pdf) instead", path=True)
 
 
 def main(argv=None):
-    given = parse_flags(Flags, __doc__, argv, positionals=[("run", None, "a run whose steps were measured")])
-    print(write_report(given["run"])[0])
+    given = parse_flags(Flags, __doc__, argv, positionals=[
+        ("runs", "+", "runs whose steps were measured; with --losses: runs, or copies of their log.jsonl")])
+    if "losses" not in given:
+        for folder in given["runs"]:
+            write_report(folder)
+    elif find_spec("matplotlib"):
+        plot_losses(**given)
+    else:
+        raise ValueError("--losses needs matplotlib: pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -26,18 +26,24 @@ stages above. Rolling back is lowering cursors: what lies beyond a cursor is gar
 Lossless modes write the same text, greedily and sampled. Noise is a function of (seed, row, position, token),
 added to log-probabilities (Gumbel; coupled drafts after Daliri, Musco and Suresh, arXiv 2408.07978). And a
 position's bits do not depend on what is computed beside it: passes have a fixed number of rows, some of them
-unused, and every row is computed by itself. So this holds in bfloat16 too.
+unused, and every row is computed by itself. So this holds in bfloat16 too, where prompts are taken one at a
+time unless kernels decode them. Several prompts at once in float32 are rounded a little differently than one:
+there only tokens whose scores agree to six digits may change places.
 
 Speculative decoding: arXiv 2211.17192; with one's own lower layers: LayerSkip, arXiv 2404.16710; catching up
 skipped layers with later tokens: FREE, arXiv 2310.05424; WAND: Broder et al., CIKM 2003.
 """
 import codecs
+import contextlib
 import importlib.util
+import itertools
 import json
 import math
+import sys
 import time
 from collections import deque, namedtuple
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +61,7 @@ WIDEST = 4 * ROWS           # rows of the kernels' widest pass; sums of log p_k 
 CHOSEN = 2 * ROWS           # positions after which tokens are chosen at once, at most
 SLACK = CHOSEN + WIDEST     # cache slots past the context: two cycles in flight and unused rows reach there
 PREFILL = 256               # positions of a prompt in one pass
+ONE_THREAD_UP_TO = 256      # n_embd of a model that decodes on one thread of a CPU
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ class Stages:
 def kernels_fit(model):
     """Whether the kernels serve this model where it is. Triton comes with torch's CUDA builds."""
     config = model.config
-    return (model.cos.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return (model.cos.device.type == "cuda" and importlib.util.find_spec("triton")
             and model.compute_dtype == torch.bfloat16 and config.head_dim in (32, 64, 128)
             and config.n_embd % 64 == 0 and config.mlp_hidden % 64 == 0)
 
@@ -226,8 +233,8 @@ class Plan:
 class Engine(Stages):
     """Decoding by a plan: its steps, which run on the device, and `start`, which starts one.
 
-    fast: by CUDA kernels and graphs, where `kernels_fit`; the same steps. passes: of each stage so far, a
-    list, for counting bytes. in_flight: steps to start before the first is waited for.
+    fast: by CUDA kernels and graphs, where `kernels_fit`; the same steps. in_flight: steps to start before
+    the first is waited for.
     """
 
     def __init__(self, model, plan, n_rows=1, sampling=Sampling(), fast=False):
@@ -236,7 +243,6 @@ class Engine(Stages):
         self.plan = plan
         self.sampling = sampling
         self.noise_rows = torch.zeros_like(self.rows[:, 0])
-        self.passes = [0] * (self.last + 1)
         self.fast = fast
         self.in_flight = 2 if fast else 1
         self.graphs = {}
@@ -324,7 +330,6 @@ class Engine(Stages):
         if speaks and k in self.plan.experts:
             self.stages.add_log_probs(k, T, first=k == self.plan.experts[0])
         self.stages.advance(k, T)
-        self.passes[k] += 1
 
     def widths(self, n):
         """Positions of a row in each pass that brings a stage up over n: whole tiles, in few passes."""
@@ -391,9 +396,8 @@ class Engine(Stages):
         key = (step.__name__, *args)
         if key not in self.graphs:
             self.graphs[key] = self.capture(step, *args)
-        graph, host, passes = self.graphs[key]
+        graph, host = self.graphs[key]
         graph.replay()
-        self.passes = [a + b for a, b in zip(self.passes, passes)]
         buffer, event = host[0]
         host.rotate(-1)
         buffer.copy_(self.outcome, non_blocking=True)
@@ -405,11 +409,10 @@ class Engine(Stages):
         return wait
 
     def capture(self, step, *args):
-        """Record a step: its graph, buffers for its outcomes on the host, and the passes that it makes.
+        """Record a step: its graph, and buffers for its outcomes on the host.
 
         Its first runs compile the kernels; they leave only garbage beyond the cursors.
         """
-        counted = list(self.passes)
         state = (self.tokens, self.cursors, self.sums)
         saved = [tensor.clone() for tensor in state]
         side = torch.cuda.Stream()
@@ -420,15 +423,12 @@ class Engine(Stages):
                 for tensor, before in zip(state, saved):
                     tensor.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
-        self.passes = [0] * len(counted)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step(*args)
-        passes = self.passes
-        self.passes = counted
         host = deque((torch.zeros_like(self.outcome, device="cpu", pin_memory=True), torch.cuda.Event())
                      for _ in range(3))
-        return graph, host, passes
+        return graph, host
 
     def start_lift(self, k, waiting, decides):
         """As `start`: bring stage k up over its waiting positions; prefix k + 1 may decide at the newest."""
@@ -498,7 +498,6 @@ def generate_adaptive(engine, max_new_tokens):
         k = 0
         if not sure:
             # the drafts in flight found no new token and did nothing
-            engine.passes[0] -= len(flying)
             flying.clear()
         while not sure:
             # the next stage catches up; it decides unless its prefix is never sure
@@ -520,6 +519,20 @@ def generate_adaptive(engine, max_new_tokens):
 Run = namedtuple("Run", "ids depths seconds cycles judged accepted")
 
 
+@contextlib.contextmanager
+def decoding_threads(model):
+    """On a CPU let a small model decode on one thread: its products are so short that waiting for another
+    thread costs more than it brings, and on busy cores ten times as much (`tiny`).
+    """
+    n_threads = torch.get_num_threads()
+    if model.cos.device.type == "cpu" and model.config.n_embd <= ONE_THREAD_UP_TO:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def clock(device):
     """Seconds, by when a GPU has done all that it was given."""
     if device.type == "cuda":
@@ -528,13 +541,21 @@ def clock(device):
 
 
 def decode_timed(engine, prompt, n_new):
-    """Continue a prompt of ids by at least n_new tokens: a `Run`. seconds: without those of the prompt."""
+    """Continue a prompt of ids by at least n_new tokens: a `Run`. seconds: without those of the prompt.
+
+    Cycles count whose drafts all had room: the last ones may draft beyond the text, and beyond the context.
+    """
     engine.begin([prompt])
     begun = clock(engine.tokens.device)
     steps = list(generate(engine, n_new))
     seconds = clock(engine.tokens.device) - begun
-    tokens = [token for step in steps for token in step.rows[0]]
-    return Run([token.id for token in tokens], [token.depth for token in tokens], seconds, **count(steps))
+    tokens = []
+    counted = []
+    for step in steps:
+        if len(tokens) + engine.plan.draft_len <= n_new:
+            counted.append(step)
+        tokens += step.rows[0]
+    return Run([token.id for token in tokens], [token.depth for token in tokens], seconds, **count(counted))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -592,11 +613,13 @@ def count_new_tokens(config, encoded, asked, default=64):
 
     The last token is never fed back. Raises ValueError where the context has no room.
     """
-    longest = max(map(len, encoded))
+    lengths = [len(ids) for ids in encoded]
+    longest = max(lengths)
     left = config.sequence_len + 1 - longest
     if left < (asked or 1):
-        raise ValueError(f"a prompt of {longest} tokens leaves room for {max(left, 0)} in a context of "
-                         f"{config.sequence_len}, not for --max-new-tokens {asked or 1}; shorten it")
+        raise ValueError(f"prompt {lengths.index(longest) + 1}, of {longest} tokens, leaves room for "
+                         f"{max(left, 0)} in a context of {config.sequence_len}, not for --max-new-tokens "
+                         f"{asked or 1}; shorten it")
     return asked or min(default, left)
 
 
@@ -604,35 +627,41 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
              on_text=None):
     """Yield the continuations of texts, `n_samples` of each in order, as dicts.
 
-    max_new_tokens: None is 64, as far as the context goes. fast: see `Engine`; on CUDA pass
-    kernels_fit(model). on_text: called with the first one's text as it comes, the prompt's first; half a
-    character is held back until the rest comes. Keys: prompt, completion, token_ids, log_probs (nats), stages
+    prompts: a list, or an iterator, whose texts are taken and answered one by one. max_new_tokens: None is
+    64, as far as the context goes. fast: see `Engine`; on CUDA pass kernels_fit(model). on_text: called with
+    the first one's text as it comes, the prompt's first; half a character is held back until the rest comes.
+    Keys: prompt, completion, token_ids, log_probs (nats), stages
     (that proposed each token), depths (stages that decided it), stopped ("bos" or "length"), and for
     speculation cycles and drafts judged and accepted, of all cycles, the last one's whole.
     """
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
-    if on_text:
-        on_text(prompts[0])
+    one_by_one = plan.draft_len or plan.exits or not isinstance(prompts, list)
+    if model.compute_dtype == torch.bfloat16 and not fast:
+        # a matrix product's rows in bfloat16 depend on how many there are
+        one_by_one = True
+    if isinstance(prompts, list):
+        encoded = [tokenizer.encode(prompt) for prompt in prompts]
+        max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
     # number i is a sample of prompt i // n_samples
-    numbers = range(len(prompts) * n_samples)
-    size = 1 if plan.draft_len or plan.exits else ROWS
+    waiting = enumerate(prompt for prompt in prompts for _ in range(n_samples))
     engine = None
-    for first in range(0, len(numbers), size):
-        group = numbers[first:first + size]
+    while group := list(itertools.islice(waiting, 1 if one_by_one else ROWS)):
+        encoded = [tokenizer.encode(prompt) for _, prompt in group]
+        n_new = count_new_tokens(model.config, encoded, max_new_tokens)
         if engine is None or engine.n_rows != len(group):
             engine = Engine(model, plan, len(group), sampling, fast)
-        engine.begin([encoded[i // n_samples] for i in group], group)
+        if on_text:
+            on_text(group[0][1])
+        engine.begin(encoded, [number for number, _ in group])
         rows = [[] for _ in group]
         met_bos = [False] * len(group)
         steps = []
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for step in generate(engine, max_new_tokens):
+        for step in generate(engine, n_new):
             steps.append(step)
             shown = len(rows[0])
             for row, new in enumerate(step.rows):
                 for token in new:
-                    if met_bos[row] or len(rows[row]) == max_new_tokens:
+                    if met_bos[row] or len(rows[row]) == n_new:
                         break
                     if token.id == tokenizer.bos:
                         met_bos[row] = True
@@ -646,9 +675,9 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
             on_text(decoder.decode(b"", final=True))
         # the first text alone
         on_text = None
-        for i, tokens, stopped in zip(group, rows, met_bos):
+        for (_, prompt), tokens, stopped in zip(group, rows, met_bos):
             ids = [token.id for token in tokens]
-            yield {"prompt": prompts[i // n_samples], "completion": tokenizer.decode(ids), "token_ids": ids,
+            yield {"prompt": prompt, "completion": tokenizer.decode(ids), "token_ids": ids,
                    "log_probs": [token.log_prob for token in tokens],
                    "stages": [token.stage for token in tokens], "depths": [token.depth for token in tokens],
                    "stopped": "bos" if stopped else "length",
@@ -661,8 +690,8 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
 @dataclass(frozen=True)
 class SampleConfig(DeviceFlags):
     prompt: str = flag("", "text to continue; empty is bos alone: a new document")
-    prompt_file: str = flag(None, "continue each line of this UTF-8 file instead (- is standard "
-                                  "input)", path=True)
+    prompt_file: str = flag(None, "continue each line of this UTF-8 file instead; - is standard input, "
+                                  "answered line by line", path=True)
     mode: str = flag("full", "full, single (--stage), prefix (--prefix), wand, routing or speculative",
                      choices=tuple(MODES))
     stage: int = flag(None, "the one stage of --mode single, counted from 0")
@@ -679,8 +708,9 @@ class SampleConfig(DeviceFlags):
     top_p: float = flag(1.0, "sample among the most probable tokens that hold this probability (1: "
                              "all)", low=1e-6, high=1)
     num_samples: int = flag(1, "samples of each prompt", low=1)
-    seed: int = flag(0, "of the noise; under one seed lossless modes (full, speculative) write the same "
-                        "text", low=0, high=2 ** 63 - 1)
+    seed: int = flag(0, "of the noise, which is a function of seed, sample, position and token alone: under "
+                        "one seed lossless modes (full, speculative) write the same text, and models that "
+                        "resemble each other nearly the same", low=0, high=2 ** 63 - 1)
     compile: bool = flag(False, "decode by Triton kernels in CUDA graphs: fast, after some seconds")
     json: bool = flag(False, "print a JSON object per sample: texts, ids, log-probabilities, stages, depths")
 
@@ -692,18 +722,27 @@ class SampleConfig(DeviceFlags):
 
 
 def read_prompts(path):
-    """The lines of a UTF-8 file, or of standard input for "-". Raises ValueError and OSError.
+    """Yield the lines of a UTF-8 file, or of standard input for "-". Raises ValueError and OSError.
 
     Line ends of Windows are no part of a prompt, nor is a byte order mark.
     """
     with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
         try:
-            text = file.read()
+            for line in file:
+                yield line.removesuffix("\n")
         except UnicodeDecodeError as e:
             raise ValueError(f"--prompt-file {path} is not UTF-8 ({e}); convert it first") from None
-    if not text:
-        raise ValueError(f"--prompt-file {path} is empty; give one prompt a line")
-    return text.removesuffix("\n").split("\n")
+
+
+def told(sample, seconds):
+    """A line about how a sample was made."""
+    n = len(sample["token_ids"])
+    text = f"{n} tokens, {n / seconds:.1f} tokens/s, the prompt's time included"
+    if "cycles" in sample:
+        text += f", {sample['cycles']} cycles, {sample['accepted']} of {sample['judged']} drafts accepted"
+    if 1 in sample["depths"]:
+        text += f", {sample['depths'].count(1)} of them decided by s0"
+    return text
 
 
 def main(argv=None):
@@ -714,7 +753,14 @@ def main(argv=None):
     if config.prompt_file is not None and config.prompt:
         raise ValueError("--prompt and --prompt-file exclude each other; write the prompt into the file")
     # argv may not be UTF-8
-    prompts = [clean_text(config.prompt)] if config.prompt_file is None else read_prompts(config.prompt_file)
+    prompts = [clean_text(config.prompt)]
+    if config.prompt_file is not None:
+        prompts = read_prompts(config.prompt_file)
+        # a file is looked at whole before the first answer
+        if config.prompt_file != "-":
+            prompts = list(prompts)
+    if prompts == []:
+        raise ValueError(f"--prompt-file {config.prompt_file} is empty; give one prompt a line")
     device, dtype = choose_device(config.device, config.dtype)
     model, record, _ = load_checkpoint(path, device, dtype)
     if config.compile and not kernels_fit(model):
@@ -725,14 +771,16 @@ def main(argv=None):
     plan = make_plan(model.config, config.mode, config.stage, config.prefix, config.draft_len,
                      config.wand_margin, config.routing_threshold, record.get(BOUNDS_KEY), metrics)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
-    streaming = not config.json and len(prompts) * config.num_samples == 1
-    with attention_backends(device):
+    streaming = not config.json and isinstance(prompts, list) and len(prompts) * config.num_samples == 1
+    start = time.monotonic()
+    with attention_backends(device), decoding_threads(model):
         samples = complete(model, Tokenizer.load(path), prompts, config.max_new_tokens, plan, sampling,
                            config.num_samples, config.compile,
-                           on_text=(lambda text: print(text, end="", flush=True)) if streaming else None)
+                           on_text=partial(print, end="", flush=True) if streaming else None)
         for number, sample in enumerate(samples):
             if streaming:
-                print()
+                print(flush=True)
+                print(told(sample, time.monotonic() - start), file=sys.stderr)
             elif config.json:
                 print(json.dumps(sample), flush=True)
             else:

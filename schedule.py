@@ -41,7 +41,7 @@ class Phase:
     final_lrm: float = flag(0.05, "learning-rate multiplier at the end of the phase", low=0)
 
     def __post_init__(self):
-        if self.warmup_steps + self.warmdown_steps > self.num_steps:
+        if self.warmup_steps > self.peak_end:
             raise ValueError(f"warmup_steps {self.warmup_steps} and a warmdown of {self.warmdown_steps} "
                              f"steps (warmdown_ratio {self.warmdown_ratio}) do not fit in num_steps "
                              f"{self.num_steps}; lower --warmup-steps or --warmdown-ratio")
@@ -53,6 +53,11 @@ class Phase:
     @property
     def warmdown_steps(self):
         return round(self.warmdown_ratio * self.num_steps)
+
+    @property
+    def peak_end(self):
+        """The last rel at the peak, N - w."""
+        return self.num_steps - self.warmdown_steps
 
 
 def phase_of(row):
@@ -70,7 +75,7 @@ def learning_rate(phase, step):
     rel = step - phase.anchor
     if rel < phase.warmup_steps:
         return phase.peak_lrm * (rel + 1) / phase.warmup_steps
-    if rel <= phase.num_steps - phase.warmdown_steps:
+    if rel <= phase.peak_end:
         return phase.peak_lrm
     t = (phase.num_steps - rel) / phase.warmdown_steps
     return t * phase.peak_lrm + (1 - t) * phase.final_lrm
@@ -83,7 +88,7 @@ def muon_momentum(phase, step, ramp_start=0):
     was reset.
     """
     ramp = min(1.0, (step - ramp_start) / MOMENTUM_RAMP_STEPS)
-    fall = max(0.0, (step - (phase.end - phase.warmdown_steps)) / max(1, phase.warmdown_steps))
+    fall = max(0.0, (step - phase.anchor - phase.peak_end) / max(1, phase.warmdown_steps))
     rising = MOMENTUM_START + ramp * (MOMENTUM_PEAK - MOMENTUM_START)
     falling = MOMENTUM_PEAK + fall * (MOMENTUM_END - MOMENTUM_PEAK)
     return min(rising, falling)
@@ -97,12 +102,13 @@ def weight_decay_factor(phase, step):
 def position(phase, step):
     """Where a step stands in its phase: (warmup, peak, warmdown or final, steps since that began)."""
     rel = step - phase.anchor
-    fall = phase.num_steps - phase.warmdown_steps
     if rel >= phase.num_steps:
         return "final", rel - phase.num_steps
     if rel < phase.warmup_steps:
         return "warmup", rel
-    return ("peak", rel - phase.warmup_steps) if rel <= fall else ("warmdown", rel - fall)
+    if rel <= phase.peak_end:
+        return "peak", rel - phase.warmup_steps
+    return "warmdown", rel - phase.peak_end
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,10 @@ class Flags(Phase):
 def main(argv=None):
     phase = Flags(**parse_flags(Flags, __doc__, argv))
     try:
-        steps = [int(step) for step in phase.at.split(",") if step.strip()]
+        steps = [int(step) for step in phase.at.split(",") if step]
     except ValueError:
         raise ValueError(f"--at {phase.at!r} is not a list of steps such as 84000,86000") from None
-    corners = (0, phase.warmup_steps, phase.num_steps - phase.warmdown_steps, phase.num_steps)
+    corners = (0, phase.warmup_steps, phase.peak_end, phase.num_steps)
     for step in steps or [phase.anchor + rel for rel in corners]:
         if not phase.anchor <= step <= phase.end:
             raise ValueError(f"--at {step} lies outside the phase, steps {phase.anchor} to {phase.end}")

@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,43 +43,63 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 from torch.nn.utils import get_total_norm
 
-from checkpoint import (RunLog, checkpoint_steps, drop_optimizer_state, newest_whole, place_seed, read_json,
-                        restore, save_checkpoint, verify_checkpoint, write_json)
-from common import (DeviceFlags, Ranks, SharedError, choose_device, discard_stdout, flag, lock, parse_flags,
-                    run, spelled)
+from checkpoint import (
+    RunLog,
+    checkpoint_steps,
+    drop_optimizer_state,
+    newest_whole,
+    place_seed,
+    read_json,
+    read_record,
+    recorded_in,
+    restore,
+    save_checkpoint,
+    verify_checkpoint,
+    write_json,
+)
+from common import (
+    DeviceFlags,
+    Ranks,
+    SharedError,
+    choose_device,
+    discard_stdout,
+    flag,
+    lock,
+    parse_flags,
+    run,
+    spelled,
+)
 from dataloader import Loader, Tokenizer, open_data, validation_windows
 from evaluate import score, slice_text, summarize
-from model import (LOSS_CHUNK_LOGITS, OBJECTIVES, PRESETS, ModelConfig, PoE, attention_backends,
-                   count_parameters, flops_per_token, parameter_group)
+from model import (
+    LOSS_CHUNK_LOGITS,
+    OBJECTIVES,
+    PRESETS,
+    ModelConfig,
+    PoE,
+    attention_backends,
+    count_parameters,
+    flops_per_token,
+    parameter_group,
+)
 from muon import MuonAdamW
-from sample import Plan, Sampling, complete
+from sample import Plan, Sampling, complete, decoding_threads
 from schedule import Phase, learning_rate, muon_momentum, phase_of, weight_decay_factor
 
 COMPRESSORS_UP_TO = 8_000_000       # bytes of validation text; xz -9 takes about a second a megabyte
+# dense operations a second in bfloat16 by the data sheet, by a part of the GPU's name; the first that fits
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 SAMPLE_PROMPTS = ("The capital of France is", "He looked at the sea and", "def ")
 
 
 # --------------------------------------------------------------------------------------------------
 # Config
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a preset is optimised. Rates are effective peak values at lrm = 1; nothing rescales them."""
-    total_batch_tokens: int
-    device_batch_size: int
-    num_steps: int
-    warmup_steps: int
-    warmdown_ratio: float
-    final_lrm: float
-    matrix_lr: float
-    embedding_lr: float
-    unembedding_lr: float
-    scalar_lr: float
-    weight_decay: float
-    eval_every: int
-    eval_tokens: int
-    save_every: int
-
+# How a preset is optimised: values of flags. Rates are effective peak values at lrm = 1; nothing rescales
+# them.
+Recipe = namedtuple("Recipe", """
+    total_batch_tokens device_batch_size num_steps warmup_steps warmdown_ratio final_lrm matrix_lr
+    embedding_lr unembedding_lr scalar_lr weight_decay eval_every eval_tokens save_every""")
 
 # The card gives 3b's batch, steps, schedule, first three rates, and save and eval sizes. d12's rates are
 # nanochat's at its reference width, but for scalar_lr, where 0.5 was worse than 0.05 to 0.1 here; weight
@@ -96,8 +117,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class TrainConfig(DeviceFlags):
-    preset: str = flag("tiny", f"model and recipe to start from: "
-                               f"{', '.join(PRESETS)}", choices=tuple(PRESETS))
+    preset: str = flag("tiny", "model and recipe to start from", choices=tuple(PRESETS))
     data: str = flag("", "folder of token shards (data/prepare.py); empty is the embedded sample", path=True)
     out: str = flag(None, "run directory (default: runs/<preset>)", path=True)
     resume: str = flag("", "run directory to go on with, from its newest whole checkpoint", path=True)
@@ -193,15 +213,24 @@ def resolve_config(given, restarted=False):
     if "resume" in given:
         return resumed_config(given)
     config, rows = continued_config(given) if "continue_from" in given else new_config(given)
-    recorded = Path(config.out) / "config.json"
-    if restarted and recorded.exists():
-        # `train` of a new run records resume "", as its own config has it
-        if {**read_json(recorded)["train"], "out": config.out} == asdict(config):
+    exists = (Path(config.out) / "config.json").exists()
+    if restarted and exists:
+        # `train` of a new run records resume "", as its own config has it; data is told by its hash
+        recorded = read_record(config.out)["train"]
+        if recorded | {"data": config.data, "out": config.out} == asdict(config):
             return resumed_config({"resume": config.out})
-    if (recorded.exists() or checkpoint_steps(config.out)) and not config.dry_run:
+    if (exists or checkpoint_steps(config.out)) and not config.dry_run:
         raise ValueError(f"{config.out} already holds a run: go on with --resume {config.out}, or choose "
                          f"another --out")
     return config, rows
+
+
+def with_short_warmup(values, given):
+    """TrainConfig's `values`; a warmup that nobody asked for is cut to what the phase has room for. The run's
+    first lines tell how long it is.
+    """
+    room = values["num_steps"] - round(values["warmdown_ratio"] * values["num_steps"])
+    return values | {"warmup_steps": given.get("warmup_steps", min(room, values["warmup_steps"]))}
 
 
 def new_config(given):
@@ -210,18 +239,18 @@ def new_config(given):
     shape["stage_layers"] = ",".join(map(str, shape["stage_layers"]))
     if given.get("objective") == "bp":
         shape["stage_layers"] = str(given.get("n_layer", shape["n_layer"]))
-    config = TrainConfig(**{**shape, **asdict(RECIPES[preset]), "out": f"runs/{preset}", **given})
-    return config, [{"anchor_step": 0, "anchor_sample": 0}]
+    values = {**shape, **RECIPES[preset]._asdict(), "out": f"runs/{preset}", **given}
+    return TrainConfig(**with_short_warmup(values, given)), [{"anchor_step": 0, "anchor_sample": 0}]
 
 
 def resumed_config(given):
     out = Path(given["resume"])
-    record = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    if "train" not in record or (out / "manifest.json").exists():
+    if not (out / "config.json").exists() or (out / "manifest.json").exists():
         raise ValueError(f"--resume {out} is not a run, a folder with config.json and step-XXXXX in it; "
                          f"give one, or start one with --out")
     fixed = (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer", "out")
     refuse(given, fixed, f"--resume {out}, which has its own")
+    record = read_record(out)
     return TrainConfig(**{**record["train"], **given, "out": str(out)}), record["phases"]
 
 
@@ -232,9 +261,10 @@ def continued_config(given):
     refuse(given, SHAPE_FLAGS, f"--continue-from {parent}, which has its own")
     if "out" not in given:
         raise ValueError(f"--continue-from {parent} needs --out, a folder for the new run")
-    record = read_json(parent / "config.json")
+    record = read_record(parent)
     state = read_json(parent / "state.json")
-    config = TrainConfig(**{**record["train"], "reset_optimizer": False, **given})
+    values = {**record["train"], "reset_optimizer": False, **given}
+    config = TrainConfig(**with_short_warmup(values, given))
     row = {"anchor_step": state["step"], "anchor_sample": state["sample"]}
     if "data" not in given:
         row["mix_sha256"] = record["phases"][-1]["mix_sha256"]
@@ -270,7 +300,7 @@ def samples_of_earlier_phases(rows):
 def shows_rewarming(rows, step):
     """Whether to validate here to show what re-warming costs: 0, 1, 2, 4, ... 1,024 steps into a phase."""
     rel = step - rows[-1]["anchor_step"]
-    return len(rows) > 1 and rel in (0, *(2 ** i for i in range(11)))
+    return len(rows) > 1 and rel <= 1024 and rel & (rel - 1) == 0
 
 
 def is_due(step, every):
@@ -358,16 +388,14 @@ def validation_slices(data, rows, config, ranks):
         if ranks.world_size > slices[0][3]:
             raise ValueError(f"--eval-tokens {config.eval_tokens} are {slices[0][3]} windows for "
                              f"{ranks.world_size} ranks; raise it or start fewer ranks")
-    seen = {data.sha256}
-    for row in reversed(rows[:-1]):
-        if row["mix_sha256"] in seen:
-            continue
-        seen.add(row["mix_sha256"])
+    earlier_mixes = {row["mix_sha256"]: row["mix"] for row in reversed(rows)}
+    del earlier_mixes[data.sha256]
+    for sha256, path in earlier_mixes.items():
         try:
             with ranks.together():
-                earlier = open_data(row["mix"], config.vocab_size)
-                if earlier.sha256 != row["mix_sha256"]:
-                    raise ValueError(f"{row['mix'] or 'the embedded sample'} is not the data that it was")
+                earlier = open_data(path, config.vocab_size)
+                if earlier.sha256 != sha256:
+                    raise ValueError(f"{path or 'the embedded sample'} is not the data that it was")
                 earlier_slice = open_slice("val_old", earlier)
         except (ValueError, OSError) as e:
             say(ranks, f"the validation slice of the earlier data is left out: {e}")
@@ -400,6 +428,23 @@ def open_folder(config, record):
     return held
 
 
+def keep_history(newest, step, config, phase):
+    """Raise ValueError where a resume's flags would change a rate that the phase has used, or its next one.
+
+    So a rate never jumps, and the phase table states the rates that were used.
+    """
+    record = read_json(newest / "config.json")
+    before = phase_of(record["phases"][-1])
+    for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
+        for at in range(phase.anchor, step + 1):
+            old = record["train"][name] * learning_rate(before, at)
+            new = getattr(config, name) * learning_rate(phase, at)
+            if old != new:
+                raise ValueError(f"--resume {config.out} would change {name} times lrm at step {at} from "
+                                 f"{old:.4g} to {new:.4g}, and {newest} was trained with the former; for "
+                                 f"other rates or more steps open a new phase: --continue-from {newest}")
+
+
 def restore_newest(config, phase, ranks, model, optimizer):
     """Load the run's newest whole checkpoint, where it has one. Returns its state.json, or that of step 0."""
     reset_at = phase.anchor if config.reset_optimizer else None
@@ -411,6 +456,8 @@ def restore_newest(config, phase, ranks, model, optimizer):
     with ranks.together():
         if state["step"] > phase.end:
             raise ValueError(f"{newest} is past the run's end, step {phase.end}; raise --num-steps")
+        if state["step"] > phase.anchor:
+            keep_history(newest, state["step"], config, phase)
         restore(newest, model, None if state["step"] == reset_at else optimizer)
     return state
 
@@ -434,6 +481,10 @@ def catch_signals(ranks):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     return caught
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
 
 
 def git_commit():
@@ -506,11 +557,15 @@ class Training:
     log: RunLog
     record: dict                # config.json
     lock: object                # holds RUN while it is open
+    peak_flops: float           # operations a second of all ranks' GPUs by data sheet; 0: unknown
     printed: float = -math.inf  # when a step was printed last, seconds
 
 
 def prepare(config, rows, ranks):
-    """Open data and folder, build or restore model and optimizer: (Training, state as in state.json)."""
+    """Open data and folder, build or restore model and optimizer: (Training, state as in state.json).
+
+    The first is None where the run is complete.
+    """
     model_config = config.model_config()
     with ranks.together():
         device, dtype = choose_device(config.device, config.dtype, ranks)
@@ -525,10 +580,14 @@ def prepare(config, rows, ranks):
               "tokenizer": {"vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos,
                             "sha256": tokenizer.sha256},
               "phases": rows}
+    record = recorded_in(config.out, record)
     with ranks.together():
         held = open_folder(config, record) if ranks.rank == 0 else None
     phase = phase_of(rows[-1])
     state = restore_newest(config, phase, ranks, model, optimizer)
+    if state["step"] == phase.end:
+        # nothing to train, so nothing to record
+        return None, state
     with ranks.together():
         if ranks.rank == 0:
             write_json(Path(config.out) / "config.json", record)
@@ -540,20 +599,26 @@ def prepare(config, rows, ranks):
     first = state["sample"] + stream_start
     loader = Loader(train_mix, first, config.batch, config.device_batch_size, device, ranks.rank,
                     ranks.world_size)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in device_name(device)), 0)
     training = Training(config, rows, phase, ranks, tokenizer, slices, model, groups, optimizer,
-                        loader, log, record, held)
+                        loader, log, record, held, ranks.world_size * peak)
     write_header(training, state["step"])
     return training, state
 
 
 def write_header(training, step):
-    """Log and print what this run is: config, phases, code, machine, sizes."""
-    device = training.loader.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
-    header = {"config": training.record["train"], "phases": training.rows, "commit": git_commit(),
+    """Log what this run is: config, phases, code, machine; print it in two lines."""
+    config = training.config
+    model = training.model
+    name = device_name(training.loader.device)
+    header = {"config": training.record["train"], "phases": training.record["phases"], "commit": git_commit(),
               "torch": torch.__version__, "world_size": training.ranks.world_size, "device": name}
     training.log.write("header", step, **header)
-    say(training.ranks, json.dumps(header))
+    n_parameters = sum(count_parameters(model.config).values())
+    say(training.ranks, f"{config.out}: {config.objective}, {n_parameters:,} parameters in stages of "
+                        f"{config.stage_layers} layers, on {training.ranks.world_size} x {name}\n"
+                        f"from step {step:,}: {training.phase}, {config.total_batch_tokens:,} tokens a step; "
+                        f"train_loss is the mean over stages, nats a token")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -572,8 +637,8 @@ def validate(training, state):
         metrics = summarize(sums)
         bpb = metrics["bpb"]
         if not math.isfinite(bpb["full"]):
-            raise SharedError(f"the validation loss is not finite at step {step}: nothing was saved; lower "
-                              f"the rates and --resume {config.out}")
+            raise SharedError(f"the validation loss is not finite at step {step}: nothing was saved; begin "
+                              f"again with lower rates, or --continue-from the last checkpoint")
         if step not in log.validated:
             log.write(kind, step, mix=path, train_time=state["train_time"], **metrics)
         loss = bpb["full"] * math.log(2) * metrics["bytes"] / metrics["tokens"]
@@ -630,7 +695,8 @@ def check_finite(step, saved, gathered):
             if not math.isfinite(loss + grad_max):
                 raise SharedError(f"the loss ({loss}) or the largest gradient ({grad_max}) of stage {stage} "
                                   f"on rank {rank} is not finite at step {step}: stopped before the update; "
-                                  f"the last checkpoint is of step {saved}; lower the rates and --resume")
+                                  f"the last checkpoint is of step {saved}; begin again with lower rates, "
+                                  f"or --continue-from it")
 
 
 def set_rates(training, step):
@@ -659,10 +725,13 @@ def log_step(training, state, losses, lrm, seconds, fwdbwd):
                        train_time=state["train_time"])
     if time.monotonic() - training.printed > 2 or step + 1 == phase.end:
         training.printed = time.monotonic()
+        tokens_per_s = training.config.total_batch_tokens / seconds
+        rate = tokens_per_s * flops_per_token(training.model.config)
+        mfu = f"mfu:{rate / training.peak_flops:.3f} " if training.peak_flops else ""
         eta = seconds * (phase.end - step - 1)
         say(training.ranks, f"step:{step:05d}/{phase.end:05d} phase:{len(training.rows)} "
                             f"train_loss:{train_loss:.4f} lrm:{lrm:.3f} dt:{seconds * 1000:.1f}ms "
-                            f"tok_per_sec:{training.config.total_batch_tokens / seconds:.0f} "
+                            f"tok_per_sec:{tokens_per_s:.0f} {mfu}"
                             f"train_time:{state['train_time']:.1f}s eta:{eta / 60:.1f}m")
 
 
@@ -670,31 +739,28 @@ def print_results(training, state, metrics, started):
     """Print what a run has learnt: samples, bpb beside that of compressors; the last line is JSON."""
     model = training.model
     tokenizer = training.tokenizer
-    plan = Plan(range(model.config.n_stage))
-    for number, prompt in enumerate(SAMPLE_PROMPTS):
-        # a very short context may have no room for the prompt
-        room = model.config.sequence_len + 1 - len(tokenizer.encode(prompt))
-        if room > 0:
-            sampling = Sampling(temperature=0.8, top_k=50, seed=training.config.seed + number)
-            sample = next(complete(model, tokenizer, [prompt], min(60, room), plan, sampling))
-            print(f"sample: {(prompt + sample['completion'])!r}")
-    bpb = metrics["bpb"]
-    shown = {"full": bpb["full"], **{f"s{k}": value for k, value in enumerate(bpb["single"])}}
+    # a very short context has no room for the prompts
+    if model.config.sequence_len >= 64:
+        sampling = Sampling(temperature=0.8, top_k=50, seed=training.config.seed)
+        plan = Plan(range(model.config.n_stage))
+        with decoding_threads(model):
+            for sample in complete(model, tokenizer, list(SAMPLE_PROMPTS), None, plan, sampling):
+                print(f"sample: {sample['prompt'] + sample['completion']!r}")
+    by_gzip = by_xz = None
     if metrics["bytes"] <= COMPRESSORS_UP_TO:
         _, _, mix, n_windows = training.slices[0]
         text, _ = slice_text(mix, n_windows, tokenizer)
-        shown["gzip -9"] = 8 * len(gzip.compress(text, 9)) / len(text)
-        shown["xz -9"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
-    values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-    print(f"val bpb on {metrics['bytes']:,} bytes: {values}")
-    peak = torch.cuda.max_memory_allocated() if training.loader.device.type == "cuda" else None
+        by_gzip = 8 * len(gzip.compress(text)) / len(text)
+        by_xz = 8 * len(lzma.compress(text)) / len(text)
+        print(f"bits per byte of the validation text: model {metrics['bpb']['full']:.4f}, "
+              f"gzip {by_gzip:.4f}, xz {by_xz:.4f}")
     print(json.dumps({
-        "bpb": bpb, "bpb_gzip": shown.get("gzip -9"), "bpb_xz": shown.get("xz -9"),
+        "bpb": metrics["bpb"], "bpb_gzip": by_gzip, "bpb_xz": by_xz,
         "seconds": round(time.monotonic() - started, 1), "train_seconds": round(state["train_time"], 1),
         "step": state["step"], "checkpoint": str(checkpoint_steps(training.config.out)[-1]),
         "params_total": sum(count_parameters(model.config).values()),
         "flops_per_token": flops_per_token(model.config), "val_bytes": metrics["bytes"],
-        "peak_memory_bytes": peak}))
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() or None}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -715,6 +781,11 @@ def main(argv=None):
         return
     caught = catch_signals(ranks)
     training, state = prepare(config, rows, ranks)
+    if training is None:
+        say(ranks, f"{config.out} is already complete at step {state['step']}; measure it with evaluate.py, "
+                   f"or train on in a new phase with --continue-from")
+        ranks.close()
+        return
     phase = training.phase
     model = training.model
     optimizer = training.optimizer

@@ -1,34 +1,82 @@
-"""What the tests share: the import path, one torch thread (small tensors gain nothing from more), a small corpus and a trained run."""
+"""
+What the tests share: one torch thread (small tensors gain nothing from more), a small corpus, a trained run,
+and how a run is started, read and refused.
+"""
+import contextlib
 import json
+import os
 import random
-import sys
+import shutil
+import socket
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
+import common
+import train
+from dataloader import Tokenizer, write_shard
+from muon import MuonAdamW
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import train  # noqa: E402
-from dataloader import Tokenizer, write_shard  # noqa: E402
-
-SMALL = ["--n-layer", "4", "--n-embd", "12", "--n-head", "3", "--n-kv-head", "1", "--mlp-hidden", "20", "--stage-layers", "2,1,1",
-         "--sequence-len", "16", "--vocab-size", "300", "--total-batch-tokens", "64", "--device-batch-size", "2", "--dtype", "float64",
-         "--device", "cpu", "--warmup-steps", "2", "--eval-tokens", "320", "--num-steps", "6", "--save-every", "3"]
+SMALL = """--n-layer 4 --n-embd 12 --n-head 3 --n-kv-head 1 --mlp-hidden 20 --stage-layers 2,1,1
+           --sequence-len 16 --vocab-size 300 --total-batch-tokens 64 --device-batch-size 2 --dtype float64
+           --device cpu --warmup-steps 2 --eval-tokens 320 --num-steps 6 --save-every 3""".split()
 
 
-def said_by_us(output):
-    """What a rank printed, without the lines in which the Gloo of torch 2.9 tells of its connections."""
-    return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo] "))
+def train_run(*argv):
+    """train.py in this process."""
+    train.main([str(a) for a in argv])
+
+
+def weights(step_dir):
+    return torch.load(step_dir / "model.pt", weights_only=True)
+
+
+def same(a, b):
+    """Whether two {name: tensor} hold the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_lines(run, kind="step"):
+    return [line for line in map(json.loads, (run / "log.jsonl").open()) if line["kind"] == kind]
+
+
+def before_steps(patch, hook):
+    """Call hook(optimizer) before every optimizer step. patch: pytest's MonkeyPatch."""
+    step = MuonAdamW.step
+    patch.setattr(MuonAdamW, "step", lambda self: (hook(self), step(self)))
+
+
+def reweigh(folder, weight=20):
+    """Make the mixture of a data folder another one."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sources"][0]["weight"] = weight
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def unused_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def closed_stdout():
+    """Within it standard output is a pipe without a reader, as of `train.py | tee log` after Ctrl-C."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return contextlib.redirect_stdout(os.fdopen(theirs, "w"))
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder of token shards: two sources of random words, 300 ids."""
-    folder, tokenizer, draw = tmp_path_factory.mktemp("data"), Tokenizer.load(vocab_size=300), random.Random(0)
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = Tokenizer.load(vocab_size=300)
+    draw = random.Random(0)
     words = ["the", "of", "naïve", "stage", "expert", "in", "a\n", "is", "12", "x = y"]
     sources = []
     for name, weight in (("prose", 70), ("code", 30)):
@@ -36,8 +84,9 @@ def data(tmp_path_factory):
         for split, documents in (("train", 40), ("val", 12)):
             texts = [" ".join(draw.choices(words, k=40)) for _ in range(documents)]
             tokens = tokenizer.encode_documents(texts)
-            write_shard(folder / f"{name}-{split}-00000.bin", tokens, documents, tokenizer)
-            row[split] = [{"file": f"{name}-{split}-00000.bin", "tokens": len(tokens)}]
+            file = f"{name}-{split}-00000.bin"
+            write_shard(folder / file, tokens, documents, tokenizer)
+            row[split] = [{"file": file, "tokens": len(tokens)}]
         sources.append(row)
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
@@ -45,25 +94,40 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def other_data(data, tmp_path):
+    """A copy of `data` in other proportions."""
+    shutil.copytree(data, tmp_path / "other")
+    reweigh(tmp_path / "other")
+    return tmp_path / "other"
+
+
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
-    """A run of six steps with checkpoints step-00003 and step-00006, float64. Read only: copy it to change it."""
+    """A run of six steps with step-00003 and step-00006, float64. Read only: take `run` to change it."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    train.main([*SMALL, "--data", str(data), "--out", str(out)])
+    train_run(*SMALL, "--data", data, "--out", out)
     return out
 
 
 @pytest.fixture
-def refused(capsys):
-    """Call a script's main in-process as the shell would; assert exit code 2 and one line on stderr; return that line."""
-    from common import run
+def run(trained, tmp_path):
+    """A copy of `trained`."""
+    return shutil.copytree(trained, tmp_path / "run")
 
+
+@pytest.fixture
+def refused(capsys):
+    """Call a script's main as the shell would; assert code 2 and one line on stderr; return that line."""
     def call(main, *argv):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            run(lambda: main([str(a) for a in argv]))
-        code, lines, error = stopped.value.code, capsys.readouterr().err.splitlines(), stopped.value
-        while error:            # a process of its own would close the run's lock at its end; here the exceptions' frames hold it
+            common.run(lambda: main([str(a) for a in argv]))
+        error = stopped.value
+        code = error.code
+        lines = capsys.readouterr().err.splitlines()
+        # the end of a process would close the run's lock; here the frames of the exceptions hold it
+        while error:
             traceback.clear_frames(error.__traceback__)
             error = error.__context__
         assert code == 2 and len(lines) == 1, lines
