@@ -507,3 +507,13 @@ def test_data_that_is_not_what_the_run_was_trained_on_is_refused(run, refused, m
         record["phases"][-1][key] = value
         write_json(run / "config.json", record)
         assert words in refused(evaluate.main, run / "step-00003", *ARGUMENTS)
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_written(run, monkeypatch, capsys):
+    def read_only(path, *content):
+        raise OSError(30, "Read-only file system", str(path))
+    monkeypatch.setattr(evaluate, "write_json", read_only)
+    monkeypatch.setattr("report.write_whole", read_only)
+    with pytest.raises(ValueError, match="not written.*step-00006/timings.json"):
+        evaluate.main([str(run), *ARGUMENTS, "--wand-tokens", "320"])
+    assert "`step-00006`, 640 tokens" in capsys.readouterr().out
