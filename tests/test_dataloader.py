@@ -16,8 +16,6 @@ import torch
 import dataloader as D
 from dataloader import Loader, Mix, Source, Tokenizer, open_data, open_shard, write_shard
 
-FRONTIER = [33.5, 24, 16, 5, 5, 4, 4, 4, 2, 1, 0.6]
-
 
 def source(name="a", weight=50, lengths=(1000,)):
     """A source whose token at position p of its stream is p % 60000, in shards of these lengths."""
@@ -45,8 +43,7 @@ def test_the_shipped_tokenizer_has_32768_ids_and_bos_last():
 def test_decode_inverts_encode(vocab_size, text):
     tokenizer = Tokenizer.load(vocab_size=vocab_size)
     ids = tokenizer.encode(text)
-    assert ids[0] == tokenizer.bos and tokenizer.bos not in ids[1:]
-    assert max(ids) < vocab_size
+    assert ids[0] == tokenizer.bos == vocab_size - 1 and tokenizer.bos not in ids[1:]
     assert tokenizer.decode(ids) == text
 
 
@@ -55,19 +52,16 @@ def test_the_fast_pattern_splits_as_the_pattern_of_the_tokenizer_does():
     assert Tokenizer.load().pattern == D.SPLIT_PATTERN
     # ids of single bytes would hide the split: so make long words tokens
     ranks = {bytes([b]): b for b in range(256)}
-    rng = random.Random(0)
     alphabet = "aZ\u00e9\u017f\u4e160\u06639 \t\n\r\u00a0\u3000\u2028'.,-\u0301\U0001f642<|>"
-    texts = ["".join(rng.choices(alphabet, k=60)) for _ in range(1500)]
-    texts += ["I'LL we've 'S 's 'ſ DON'T", " \r\n \n\n  x  ", "  ", "\r\r\n "]
+    text = "".join(random.Random(0).choices(alphabet, k=90_000))
+    text += "I'LL we've a'mx a'dx a'tx a'llx a'vex a'rex 'S 's 'ſ DON'T \r\n \n\n  x    \r\r\n "
     # every piece of up to five characters is a token, if it is whole
-    for text in texts:
-        for i in range(len(text)):
-            for n in range(1, 6):
-                ranks.setdefault(text[i:i + n].encode(), len(ranks))
+    for i in range(len(text)):
+        for n in range(1, 6):
+            ranks.setdefault(text[i:i + n].encode(), len(ranks))
     slow, fast = (tiktoken.Encoding("x", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
                   for pattern in (D.SPLIT_PATTERN, D.FAST_PATTERN))
-    for text in texts:
-        assert fast.encode_ordinary(text) == slow.encode_ordinary(text), repr(text)
+    assert fast.encode_ordinary(text) == slow.encode_ordinary(text)
 
 
 def test_pieces_have_the_tokens_of_the_whole(monkeypatch):
@@ -164,17 +158,17 @@ def test_the_order_of_samples_is_what_every_run_so_far_has_seen():
 
 
 def frontier(seed=0):
-    sources = json.loads((D.HERE / "frontier_v1.json").read_text())["sources"]
-    assert [row["weight"] for row in sources] == FRONTIER
-    return Mix([source(str(name), weight, (100_000,)) for name, weight in enumerate(FRONTIER)], 100, seed)
+    rows = json.loads((D.HERE / "frontier_v1.json").read_text())["sources"]
+    return Mix([source(row["name"], row["weight"], (100_000,)) for row in rows], 100, seed)
 
 
 def test_the_count_of_a_source_in_a_prefix_is_within_a_few_cards_of_its_share():
-    shares = np.arange(1, 992)[:, None] * np.array(FRONTIER) / 99.1
     for seed in range(20):
         counts = np.cumsum(frontier(seed).deck[:, None] == np.arange(11), axis=0)
+        # ten times the weights
+        assert counts[-1].tolist() == [335, 240, 160, 50, 50, 40, 40, 40, 20, 10, 6]
         # the most of 2,000 seeds is 2.53
-        assert np.abs(counts - shares).max() < 2.6 and (counts[-1] == 10 * np.array(FRONTIER)).all()
+        assert np.abs(counts - np.arange(1, 992)[:, None] / 991 * counts[-1]).max() < 2.6
 
 
 def test_every_window_of_a_source_comes_once_an_epoch_in_another_order():
@@ -204,8 +198,8 @@ def test_a_token_beyond_the_vocabulary_is_named():
 
 
 def test_weights_that_are_not_tenths_are_dealt_in_a_thousand_cards():
-    weights = {"a": 1 / 3, "b": 2 / 3, "c": 1e-9}
-    assert Mix([source(*item) for item in weights.items()], 5, 0).cards.tolist() == [333, 667, 1]
+    sources = [source(weight=weight) for weight in (1 / 3, 2 / 3, 1e-9)]
+    assert Mix(sources, 5, 0).cards.tolist() == [333, 667, 1]
 
 
 def test_too_many_validation_tokens_are_refused_with_what_there_is():
@@ -221,11 +215,11 @@ def test_too_many_validation_tokens_are_refused_with_what_there_is():
 @pytest.mark.parametrize("world", [1, 2, 3, 12])
 def test_from_any_start_the_ranks_batches_together_are_the_same_whatever_the_world_size(world):
     mix = frontier()
-    loaders = [Loader(mix, 1000, 24, 1, rank=r, world=world) for r in range(world)]
+    loaders = [Loader(mix, 1000, 24, 2, rank=r, world=world) for r in range(world)]
     for start in (1000, 1024, 1048):
-        rows = [next(loader)[0] for loader in loaders for _ in range(24 // world)]
+        rows = [next(loader)[0] for loader in loaders for _ in range(12 // world)]
         expected, _ = mix.batch(np.arange(start, start + 24))
-        assert sorted(map(tuple, torch.cat(rows).tolist())) == sorted(map(tuple, expected.tolist()))
+        assert sorted(torch.cat(rows).tolist()) == sorted(expected.tolist())
     for loader in loaders:
         loader.close()
 

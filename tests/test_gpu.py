@@ -223,7 +223,8 @@ def test_ragged_rows_by_the_kernels_are_what_they_are_alone(decoder):
     engine.begin(prompts)
     steps = list(generate(engine, 40))
     for row, one in enumerate(prompts):
-        assert [step.rows[row][0].id for step in steps] == ids(decode(alone, one, 40))
+        expected = [(token.id, token.log_prob) for token in decode(alone, one, 40)]
+        assert [(step.rows[row][0].id, step.rows[row][0].log_prob) for step in steps] == expected
 
 
 @pytest.mark.parametrize("plan", [FULL, Plan(range(4), 4), Plan(range(4), exits=(0.3, 0.3, 0.3))])

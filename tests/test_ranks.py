@@ -83,6 +83,12 @@ def distance(run, other):
 TWENTY = [*SMALL, *"--num-steps 20 --save-every 10 --device-batch-size 1".split()]
 
 
+@pytest.fixture
+def twenty(data, tmp_path):
+    """The flags of a run of twenty steps."""
+    return [*TWENTY, "--data", data, "--out", tmp_path / "run"]
+
+
 @pytest.fixture(scope="module")
 def one_rank(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "run"
@@ -101,10 +107,10 @@ def four_ranks(data, tmp_path_factory):
 # --------------------------------------------------------------------------------------------------
 # One run on any number of ranks
 
-def test_any_world_size_trains_the_run_of_one_rank(data, one_rank, tmp_path):
+def test_any_world_size_trains_the_run_of_one_rank(twenty, one_rank, tmp_path):
     run = tmp_path / "run"
     # 2, 1 and 1 micro-batches
-    codes, output = run_ranks(3, [*TWENTY, "--data", data, "--out", run], tmp_path)
+    codes, output = run_ranks(3, twenty, tmp_path)
     # rank 0 alone prints
     assert codes == [0] * 3 and not any(output[1:]), output
     assert distance(run, one_rank) < 1e-10
@@ -129,13 +135,13 @@ def test_state_saved_by_four_ranks_is_read_by_any_other_number(world, four_ranks
     assert same(flat(states), saved_state(step))
 
 
-def test_a_run_of_four_ranks_goes_on_on_two_when_one_node_restarts(data, four_ranks, one_rank, tmp_path):
+def test_a_run_of_four_ranks_goes_on_on_two_when_one_node_restarts(twenty, four_ranks, one_rank, tmp_path):
     run = shutil.copytree(four_ranks, tmp_path / "run")
     shutil.rmtree(run / "step-00020")
 
     def restarted(rank):
         PATCH.setenv("TORCHELASTIC_RESTART_COUNT", str(rank))
-    codes, output = run_ranks(2, [*TWENTY, "--data", data, "--out", run], tmp_path, restarted)
+    codes, output = run_ranks(2, twenty, tmp_path, restarted)
     assert codes == [0, 0], output
     assert distance(run, one_rank) < 1e-10
     assert [line["step"] for line in log_lines(run)] == list(range(20))
@@ -164,7 +170,7 @@ def test_the_layout_of_3b_on_12_ranks_covers_balances_and_saves_memory():
 # --------------------------------------------------------------------------------------------------
 # Faults
 
-def test_sigterm_at_one_rank_stops_all_at_the_same_step_with_a_checkpoint(data, one_rank, tmp_path):
+def test_sigterm_at_one_rank_stops_all_at_the_same_step_with_a_checkpoint(twenty, one_rank, tmp_path):
     run = tmp_path / "run"
 
     def terminated(rank):
@@ -172,7 +178,7 @@ def test_sigterm_at_one_rank_stops_all_at_the_same_step_with_a_checkpoint(data, 
             if rank == 1 and next(iter(optimizer.state.values()))["step"] == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
         before_steps(PATCH, hook)
-    codes, output = run_ranks(2, [*TWENTY, "--data", data, "--out", run], tmp_path, terminated)
+    codes, output = run_ranks(2, twenty, tmp_path, terminated)
     # told at the end of the next step
     assert codes == [0, 0] and "stopped at step 6" in output[0], output
     codes, output = run_ranks(2, ["--resume", run], tmp_path)
@@ -182,11 +188,12 @@ def test_sigterm_at_one_rank_stops_all_at_the_same_step_with_a_checkpoint(data, 
 
 @pytest.mark.parametrize("what, message", [
     ("loss", "the loss (nan)"), ("gradient", "gradient (inf) of stage 1 on rank 1"),
-    ("data", "source prose holds token 65535")])
-def test_what_goes_wrong_on_one_rank_stops_all_and_is_named(what, message, data, tmp_path):
+    ("disk", "No space left on device (rank 1)"), ("data", "source prose holds token 65535")])
+def test_what_goes_wrong_on_one_rank_stops_all_and_is_named(what, message, twenty, tmp_path):
     def spoil(rank):
         backward = PoE.backward_by_stage
         window = Source.window
+        save = torch.save
         steps = []
 
         def spoiled_backward(self, *args):
@@ -195,13 +202,19 @@ def test_what_goes_wrong_on_one_rank_stops_all_and_is_named(what, message, data,
                     self.blocks[2].mlp.c_fc.weight.grad[3, 4] = float("inf")
                 yield k, loss * float("nan") if len(steps) == 11 and what == "loss" else loss
 
+        def full_save(value, path):
+            if what == "disk" and "step-00020" in str(path):
+                raise OSError(28, "No space left on device")
+            save(value, path)
+
         if rank == 1:
             before_steps(PATCH, steps.append)
             PATCH.setattr(PoE, "backward_by_stage", spoiled_backward)
-        if rank == 1 and what == "data":
-            PATCH.setattr(Source, "window", lambda self, w, T: window(self, w, T) * 0 + 65535)
+            PATCH.setattr(torch, "save", full_save)
+            if what == "data":
+                PATCH.setattr(Source, "window", lambda self, w, T: window(self, w, T) * 0 + 65535)
     run = tmp_path / "run"
-    codes, output = run_ranks(2, [*TWENTY, "--data", data, "--out", run], tmp_path, spoil)
+    codes, output = run_ranks(2, twenty, tmp_path, spoil)
     errors = [line for text in output for line in text.splitlines() if "error" in line]
     assert any(message in line for line in errors), output
     if what == "data":
@@ -209,10 +222,13 @@ def test_what_goes_wrong_on_one_rank_stops_all_and_is_named(what, message, data,
         assert codes[1] == 2 and codes[0] not in (0, None), output
     else:
         assert codes == [2, 2] and len(errors) == 1, output
-        assert [path.name for path in checkpoint_steps(run)] == ["step-00010"]
+        # the checkpoint before is whole
+        step, = checkpoint_steps(run)
+        assert step.name == "step-00010"
+        verify_checkpoint(step)
 
 
-def test_a_killed_rank_ends_the_others(data, tmp_path):
+def test_a_killed_rank_ends_the_others(twenty, tmp_path):
     def killed(rank):
         steps = []
 
@@ -221,8 +237,7 @@ def test_a_killed_rank_ends_the_others(data, tmp_path):
             if rank == 1 and len(steps) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
         before_steps(PATCH, hook)
-    argv = [*TWENTY, "--data", data, "--out", tmp_path / "run"]
-    codes, output = run_ranks(3, argv, tmp_path, killed, timeout=30)
+    codes, output = run_ranks(3, twenty, tmp_path, killed, timeout=30)
     assert codes[1] == -signal.SIGKILL and 0 not in codes and None not in codes, output
 
 
@@ -241,7 +256,7 @@ def test_what_one_rank_alone_sees_is_told_for_all(data, other_data, four_ranks, 
     argv = ["--continue-from", four_ranks / "step-00020", "--out", run, "--data", other_data,
             *"--num-steps 4 --save-every 2 --warmup-steps 1".split()]
     codes, output = run_ranks(2, argv, tmp_path, far)
-    assert codes == [0, 0] and "nowhere" in output[0] and not output[1], output
+    assert codes == [0, 0] and "left out: manifest.json in nowhere" in output[0] and not output[1], output
     assert log_lines(run, "val") and not log_lines(run, "val_old")
     names = list(read_json(run / "step-00024" / "manifest.json")["files"])
     # one in the share of each rank
@@ -268,24 +283,6 @@ def test_bad_input_is_told_once_and_by_rank_0(argv, message, data, tmp_path):
     assert output[0].count("\n") == 1 and not output[1] and not run.exists()
 
 
-def test_a_disk_that_is_full_for_one_rank_keeps_the_checkpoint_before(data, tmp_path):
-    run = tmp_path / "run"
-
-    def full(rank):
-        save = torch.save
-
-        def full_save(value, path):
-            if rank == 1 and "step-00020" in str(path):
-                raise OSError(28, "No space left on device")
-            save(value, path)
-        PATCH.setattr(torch, "save", full_save)
-    codes, output = run_ranks(2, [*TWENTY, "--data", data, "--out", run], tmp_path, full)
-    errors = [line for text in output for line in text.splitlines() if "error" in line]
-    assert codes == [2, 2] and len(errors) == 1 and "No space left on device (rank 1)" in errors[0], output
-    assert [path.name for path in checkpoint_steps(run)] == ["step-00010"]
-    verify_checkpoint(run / "step-00010")
-
-
 def killed_once(argv):
     """A rank of torchrun's: rank 1 kills itself after five steps of its first life."""
     first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
@@ -306,13 +303,12 @@ def launch(argv):
 
 
 def test_torchrun_restarts_a_killed_run_by_itself_and_it_ends_as_one_rank_does(
-        data, one_rank, tmp_path, monkeypatch):
+        twenty, one_rank, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    run = tmp_path / "run"
-    argv = [*TWENTY, "--save-every", "5", "--data", data, "--out", run]
-    agent = FORK.Process(target=launch, args=(argv,))
+    agent = FORK.Process(target=launch, args=([*twenty, "--save-every", "5"],))
     agent.start()
     agent.join(60)
     assert agent.exitcode == 0
+    run = tmp_path / "run"
     assert sum(line["kind"] == "header" for line in read_log(run / "log.jsonl")) == 2
     assert distance(run, one_rank) < 1e-10
