@@ -408,9 +408,9 @@ def validation_windows(mix, n_tokens, flag):
     if not 1 <= n <= most:
         scarce = mix.sources[repeats.index(most)].name
         raise ValueError(f"{flag} {n_tokens} must be from {mix.T} (one window) to {most * mix.T}, where "
-                         f"source {scarce} has no more validation text; lower it, give --data with more "
-                         f"text, or, before anything is trained, hold out more with data/prepare.py "
-                         f"tokenize --val-fraction")
+                         f"source {scarce} has no more validation text: give --data with more text (presets "
+                         f"beyond tiny want it), lower the flag, or, before anything is trained, hold out "
+                         f"more with data/prepare.py tokenize --val-fraction")
     return n
 
 

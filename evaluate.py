@@ -19,7 +19,7 @@ token of a validation shard.
 
 A checkpoint that was measured with equal settings is not measured again. Written, inside the run that is
 given and nowhere else: metrics.json and timings.json of each step, `poe_wand_*` in its config.json,
-TRAJECTORY.md, trajectory.png. Definitions are in the docstrings and in README's "Measuring". WAND: after
+TRAJECTORY.md, trajectory.png. Definitions are in the docstrings and in docs/measuring.md. WAND: after
 Broder et al., CIKM 2003.
 """
 import hashlib
@@ -61,8 +61,7 @@ from sample import Engine, Plan, decode_timed, decoding_threads, kernels_fit
 from schedule import phase_of
 
 FORMAT = 2                      # of metrics.json
-SPLIT_TOKENS = 1_048_576        # the card's slice, and what of it calibrates
-WAND_TOKENS = 131_072
+SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibrates
 # (token, vocabulary) pairs of one array held at once: a CPU's cache; 128 MiB in bfloat16
 CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 26}
 N_BLOCKS = 128                  # blocks of documents that carry the standard errors
@@ -656,7 +655,7 @@ def open_slice(folder_of_run, config):
     mix = data.val(record["model"]["sequence_len"])
     split_tokens = config.split_tokens or min(SPLIT_TOKENS, min(mix.first_repeats()) * mix.T)
     n_windows = validation_windows(mix, split_tokens, "--split-tokens")
-    n_calibration = (config.wand_tokens or min(WAND_TOKENS, n_windows * mix.T // 2)) // mix.T
+    n_calibration = config.wand_tokens // mix.T if config.wand_tokens else max(1, n_windows // 8)
     return Slice(mix, n_windows, n_calibration, data.tokenizer, data.sha256)
 
 
@@ -746,8 +745,8 @@ class EvalConfig(DeviceFlags):
                            "own)", path=True)
     split_tokens: int = flag(0, f"tokens of the slice (0: {SPLIT_TOKENS:,}, or all where there are "
                                 f"fewer)", low=0)
-    wand_tokens: int = flag(0, f"tokens at the beginning of the slice that calibrate bounds and thresholds "
-                               f"(0: {WAND_TOKENS:,}, or half of a small slice)", low=0)
+    wand_tokens: int = flag(0, "tokens at the beginning of the slice that calibrate bounds and thresholds "
+                               "(0: an eighth of the slice)", low=0)
     routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the "
                                     "target", low=0)
     samples: bool = flag(True, "generate text too: the sample-mode probe (7 prompts, 60 greedy tokens) and "

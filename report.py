@@ -137,7 +137,9 @@ def change(path, row, base):
     delta = values[0] - values[1]
     stderr = stderr_of_change(path, row, base)
     _, better = form_of(path)
-    if abs(delta) <= 2 * (stderr or 0):
+    # measured on so few documents that the error is not known
+    unknown = stderr is None and lookup(row, f"resamples/{path}")
+    if unknown or abs(delta) <= 2 * (stderr or 0):
         word = "noise"
     elif better:
         word = "better" if delta * better > 0 else "worse"
@@ -381,13 +383,15 @@ SUMMARY = {
 
 def summary(row):
     """The main figures of a checkpoint: a few lines, of what was measured."""
-    texts = [f"{row['name']}, {row['settings']['split_tokens']:,} tokens of held-out text"]
+    texts = [f"{row['name']}, {row['settings']['split_tokens']:,} tokens of held-out text, "
+             f"{lookup(row, 'wand/report_tokens') or 0:,} of them for WAND and routing"]
     for title, columns in SUMMARY.items():
         cells = []
         for label, path in spread(row, columns).items():
+            value = lookup(row, path)
             error = lookup(row, stderr_path(path))
-            if error is not None:
-                cells.append(f"{label} {shown(path, lookup(row, path))} ± {shown(path, error)}")
+            if value is not None:
+                cells.append(f"{label} {shown(path, value)} ± {shown(path, error)}")
         if cells:
             texts.append(f"  {title:<14}{'   '.join(cells)}")
     return "\n".join(texts)
@@ -454,7 +458,9 @@ def trajectory_text(name, rows, record, reading, picture):
         f"that noise rarely moves any. — is not measured, or not in the log; ≤ the upper limit of a rate "
         f"that was 0. {len(rows)} checkpoints of {K} stages on {settings['split_tokens']:,} tokens of "
         f"validation text (sha256 {settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} "
-        f"calibrate bounds and thresholds.",
+        f"calibrate bounds and thresholds; rates of early exit are of "
+        f"{lookup(rows[-1], 'wand/report_tokens') or 0:,} positions in other documents. The verdict is about "
+        f"this run's own seed: a run of equal compute is a comparison (evaluate.py RUN RUN).",
         WORDS,
         "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)" if picture else "",
         "## Schedule", schedule_table(record),
@@ -524,7 +530,7 @@ def plot_losses(runs, losses):
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
-    whole, late, validation = figure.subplot_mosaic("AA;BC").values()
+    whole, validation = figure.subplot_mosaic("AAB").values()
     shaded = behind(whole)
     for look, path in zip(LOOKS, map(Path, runs)):
         log = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
@@ -534,14 +540,12 @@ def plot_losses(runs, losses):
         shaded.fill_between(*rows.T[:2], **SHADE)
         means = np.array([part.mean(axis=0) for part in np.array_split(rows, min(100, len(rows)))])
         name = path.resolve().name.removesuffix(".jsonl")
-        for axis, part in ((whole, means), (late, means[len(means) // 2:])):
-            for k, values in enumerate(part.T[2:]):
-                axis.plot(part[:, 0], values, look, label=f"{name} s{k}", linewidth=1 + k / 3,
-                          markersize=4, markevery=0.1)
+        for k, values in enumerate(means.T[2:]):
+            whole.plot(means[:, 0], values, look, label=f"{name} s{k}", linewidth=1 + k / 3, markersize=4,
+                       markevery=0.1)
         points = np.array([(e["step"], e["bpb"]["full"]) for e in log if e["kind"] == "val"])
         validation.plot(*points.reshape(-1, 2).T, look, label=name)
     whole.set_title("training loss by stage, nats (means over 1 % of the steps)")
-    late.set_title("the same, second half")
     validation.set_title("validation, full, bits per byte")
     whole.legend(fontsize=8, ncols=3)
     validation.legend(fontsize=8)
@@ -570,12 +574,10 @@ def write_report(folder, rows=None, as_json=False):
     # the run may have got a new phase since a step was measured
     rows = [{**row, "name": f"`{path.name}`{' (seed)' if row['step'] in seeds else ''}",
              "phase": phase_position(phases, row["step"])} for path, row in rows.items()]
-    if len(rows) < len(steps):
-        print(f"{len(rows)} of {len(steps)} checkpoints were measured; for the others: python evaluate.py "
-              f"{folder}", file=sys.stderr)
     reading = read_trajectory(rows, phases)
     name = folder.resolve().name
-    picture = find_spec("matplotlib") is not None
+    # a single checkpoint has no lines to draw
+    picture = find_spec("matplotlib") and len(rows) > 1
     text = trajectory_text(name, rows, record, reading, picture)
     if as_json:
         print(json.dumps(reading))
@@ -587,11 +589,12 @@ def write_report(folder, rows=None, as_json=False):
                 print(f"  {question:<38}{word:<14}{reasons}".rstrip())
     # printed first: a folder that cannot be written loses nothing
     write_whole(folder / "TRAJECTORY.md", text.encode())
-    remark = "; for its picture: pip install matplotlib"
+    remark = "; a picture needs several checkpoints, and pip install matplotlib"
     if picture:
         plot(rows, phases, name).savefig(folder / "trajectory.png")
         remark = ", and trajectory.png"
-    print(f"wrote {folder / 'TRAJECTORY.md'}, with all tables{remark}", file=sys.stderr)
+    print(f"wrote {folder / 'TRAJECTORY.md'}, tables of {len(rows)} of {len(steps)} checkpoints{remark}",
+          file=sys.stderr)
     return text, reading
 
 

@@ -608,7 +608,7 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=None, wand_
 # --------------------------------------------------------------------------------------------------
 # Text
 
-def count_new_tokens(config, encoded, asked, default=64):
+def count_new_tokens(config, encoded, asked, default=64, number=1):
     """How many tokens to generate after each of these prompts of ids: `asked`, or None: up to `default`.
 
     The last token is never fed back. Raises ValueError where the context has no room.
@@ -617,9 +617,9 @@ def count_new_tokens(config, encoded, asked, default=64):
     longest = max(lengths)
     left = config.sequence_len + 1 - longest
     if left < (asked or 1):
-        raise ValueError(f"prompt {lengths.index(longest) + 1}, of {longest} tokens, leaves room for "
-                         f"{max(left, 0)} in a context of {config.sequence_len}, not for --max-new-tokens "
-                         f"{asked or 1}; shorten it")
+        raise ValueError(f"prompt {lengths.index(longest) + number}, of {longest} tokens, leaves room for "
+                         f"{max(left, 0)} of {asked or 1} new tokens in a context of "
+                         f"{config.sequence_len}; shorten it")
     return asked or min(default, left)
 
 
@@ -646,7 +646,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
     engine = None
     while group := list(itertools.islice(waiting, 1 if one_by_one else ROWS)):
         encoded = [tokenizer.encode(prompt) for _, prompt in group]
-        n_new = count_new_tokens(model.config, encoded, max_new_tokens)
+        n_new = count_new_tokens(model.config, encoded, max_new_tokens, number=1 + group[0][0] // n_samples)
         if engine is None or engine.n_rows != len(group):
             engine = Engine(model, plan, len(group), sampling, fast)
         if on_text:
@@ -734,13 +734,13 @@ def read_prompts(path):
             raise ValueError(f"--prompt-file {path} is not UTF-8 ({e}); convert it first") from None
 
 
-def told(sample, seconds):
+def told(sample, plan, seconds):
     """A line about how a sample was made."""
     n = len(sample["token_ids"])
     text = f"{n} tokens, {n / seconds:.1f} tokens/s, the prompt's time included"
-    if "cycles" in sample:
+    if plan.draft_len:
         text += f", {sample['cycles']} cycles, {sample['accepted']} of {sample['judged']} drafts accepted"
-    if 1 in sample["depths"]:
+    if plan.exits:
         text += f", {sample['depths'].count(1)} of them decided by s0"
     return text
 
@@ -780,7 +780,7 @@ def main(argv=None):
         for number, sample in enumerate(samples):
             if streaming:
                 print(flush=True)
-                print(told(sample, time.monotonic() - start), file=sys.stderr)
+                print(told(sample, plan, time.monotonic() - start), file=sys.stderr)
             elif config.json:
                 print(json.dumps(sample), flush=True)
             else:

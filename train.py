@@ -786,9 +786,6 @@ def main(argv=None):
                    f"or train on in a new phase with --continue-from")
         ranks.close()
         return
-    phase = training.phase
-    model = training.model
-    optimizer = training.optimizer
     stopping = False
     saved = state["step"] or None
 
@@ -796,7 +793,7 @@ def main(argv=None):
         while True:
             # step-S is the state after S updates: validate and save before the next
             step = state["step"]
-            last = step == phase.end
+            last = step == training.phase.end
             save_due = last or stopping or is_due(step, config.save_every)
             eval_due = save_due or is_due(step, config.eval_every) or shows_rewarming(rows, step)
             # not again what is in the log of a resumed run; a run that was told to stop saves without delay
@@ -818,8 +815,8 @@ def main(argv=None):
             stopping = any(told for _, _, told in gathered)
             lrm = set_rates(training, step)
             # frees the gradients too
-            optimizer.step()
-            model.cast_weights()
+            training.optimizer.step()
+            training.model.cast_weights()
             if training.loader.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.monotonic() - start
@@ -832,7 +829,7 @@ def main(argv=None):
         say(ranks, f"stopped at step {step}; go on with --resume {config.out}")
     elif ranks.rank == 0:
         # the short texts of the samples are not worth compiling for
-        stance = torch.compiler.set_stance("force_eager") if optimizer.compile else nullcontext()
+        stance = torch.compiler.set_stance("force_eager") if training.optimizer.compile else nullcontext()
         with attention_backends(training.loader.device), stance:
             print_results(training, state, metrics, started)
     if training.lock:

@@ -204,9 +204,10 @@ def find_files(flags):
         elif source["path"] or source.get("status", "open") == "open" or flags.only:
             missing.append(source["name"])
     if missing or not plan:
-        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw} or at its "
-                         f"--source (--help lists the kinds); download it, give --source NAME=PATH, "
-                         f"--extensions of plain text, or leave it out with --only")
+        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw} (does it "
+                         f"exist?) or at its --source (--help lists the kinds); download it, give --source "
+                         f"NAME=PATH, --extensions of plain text, or leave it out with --only. Where files "
+                         f"of your own are called like sources of data/frontier_v1.json, rename them")
     return plan
 
 
@@ -534,7 +535,8 @@ def tokenize_source(source, out, tokenizer, pool, n_ahead):
     entry = {"name": name, "weight": source["weight"], "val_fraction": source["val_fraction"], **lost,
              "train": train.entries, "val": val.entries}
     write_whole(record, json.dumps(entry | {"key": key}).encode())
-    print(f"source:{name}", *(f"{what}:{n}" for what, n in lost.items()))
+    held_out = sum(shard["tokens"] for shard in val.entries)
+    print(f"source:{name} val_tokens:{held_out}", *(f"{what}:{n}" for what, n in lost.items()))
     return entry
 
 
