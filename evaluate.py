@@ -765,7 +765,7 @@ def print_report(paths, runs, rows, config):
     """
     if config.json:
         for row in rows.values():
-            print(json.dumps({name: value for name, value in row.items() if name != "resamples"}))
+            print(json.dumps(row | {"resamples": None}))
     if runs and len(paths) == 1:
         write_report(paths[0], rows, config.json)
         return

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -36,7 +37,7 @@ FORMS = {
     "fraction": ("{:,.2%}", 1),
     "projected_speedup|compute_multiplier": ("{:,.3f}x", 1),
     "speedup": ("{:,.2f}x", 1),
-    "rel_it": ("{:,}", 0),
+    "rel_it|tokens": ("{:,}", 0),
     ".*": ("{:,.4f}", 0)}
 
 # The card's "Reading the table", and what else the verdict counts: question and figures, see `spread`.
@@ -217,7 +218,8 @@ def tables(row):
             "mean accepted / 4, 7 prompts": "speculative/card_prompts/mean_accepted"},
         f"Adaptive depth, on other text than calibrated it (margin's cap of violations: "
         f"{shown_figure('wand/margin/cap', row)})": {
-            "exceedance {} → {}": "wand/exceedance/{}", "p99 exits s{}": "wand/exit_fraction/{}",
+            "positions": "wand/report_tokens", "exceedance {} → {}": "wand/exceedance/{}",
+            "p99 exits s{}": "wand/exit_fraction/{}",
             "p99 violations": "wand/violation_rate", "p99 agreement": "wand/agreement",
             "p99 speedup": "wand/projected_speedup", "margin exits s{}": "wand/margin/exit_fraction/{}",
             "margin violations": "wand/margin/violation_rate", "margin agreement": "wand/margin/agreement",
@@ -279,19 +281,15 @@ def records(rows, path):
 
 
 def correct(changes):
-    """Call noise what Holm's correction for the number of `changes` does not let pass, so that noise alone
-    moves any of them as seldom as it moves one beyond two standard errors. Changes without a better way, as
-    of bounds, decide nothing and are not counted.
+    """Call noise what is within so many standard errors that noise alone moves any of the `changes` beyond
+    them as seldom as it moves one beyond two (Bonferroni). Changes without a better way, as of bounds, decide
+    nothing and are not counted.
     """
-    def chance(found):
-        return math.erfc(abs(found["change"]) / found["stderr"] / math.sqrt(2))
-
     tested = [found for found in changes if found and found["stderr"] and form_of(found["figure"])[1]]
-    tested.sort(key=chance)
-    passes = True
-    for n, found in enumerate(tested):
-        passes = passes and (len(tested) - n) * chance(found) <= math.erfc(math.sqrt(2))
-        if not passes:
+    # 2.28 % of a normal distribution lie above two standard errors
+    limit = NormalDist().inv_cdf(1 - 0.0228 / max(1, len(tested)))
+    for found in tested:
+        if abs(found["change"]) <= limit * found["stderr"]:
             found["judged"] = "noise"
 
 
@@ -439,28 +437,27 @@ WORDS = """\
   choose otherwise."""
 
 
-def trajectory_text(name, rows, record, reading, picture):
+def trajectory_text(name, rows, record, reading, picture, warning):
     """TRAJECTORY.md: verdict and answers, the words, the card's ten tables, what it lacks. picture: whether
-    there will be one.
+    there will be one. warning: a line, or "".
     """
     K = count_stages(rows[-1])
     settings = rows[-1]["settings"]
     seed = rows[0]["name"]
     return "\n\n".join(filter(None, [
-        f"# Trajectory of {name}",
+        f"# Trajectory of {name}", warning,
         f"**Verdict: {reading['verdict']}**, of {rows[-1]['name']} against {seed}. A win needs better full "
         f"bpb, one more answer better (WAND bounds and facts apart), and more better than worse; a "
         f"regression the reverse; all else is null.",
         markdown(["Question", "Answer", f"Change against {seed}, ± standard error"], answers(rows, reading),
                  text=True),
         f"≈ and noise: a change within two standard errors, found by resampling documents; where none is "
-        f"known, the sign alone decides. The answers that count are corrected for their number (Holm), so "
+        f"known, the sign alone decides. The answers that count are corrected for their number, so "
         f"that noise rarely moves any. — is not measured, or not in the log; ≤ the upper limit of a rate "
         f"that was 0. {len(rows)} checkpoints of {K} stages on {settings['split_tokens']:,} tokens of "
         f"validation text (sha256 {settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} "
-        f"calibrate bounds and thresholds; rates of early exit are of "
-        f"{lookup(rows[-1], 'wand/report_tokens') or 0:,} positions in other documents. The verdict is about "
-        f"this run's own seed: a run of equal compute is a comparison (evaluate.py RUN RUN).",
+        f"calibrate bounds and thresholds; rates of early exit are of positions in other documents. The "
+        f"verdict is about this run's own seed; evaluate.py RUN RUN compares with another run.",
         WORDS,
         "![bits per byte, accuracy, routing and bounds over the steps](trajectory.png)" if picture else "",
         "## Schedule", schedule_table(record),
@@ -474,8 +471,6 @@ def trajectory_text(name, rows, record, reading, picture):
 
 # How lines look: markers and dashes tell them apart where colours do not.
 LOOKS = "o-C0 s--C1 D-.C2 ^:C3 v-C4 P--C5 X-.C6 *:C7".split() * 9
-
-SHADE = {"color": "0.5", "alpha": 0.2}
 
 # What trajectory.png shows.
 PANELS = {
@@ -515,10 +510,10 @@ def plot(rows, phases, name):
             errors[0] = 0
             if np.isfinite(values).any():
                 axis.errorbar(steps, values, errors, fmt=look, label=label, linewidth=1, markersize=4)
-        axis.legend(fontsize=8, labelspacing=0.2)
+        axis.legend(fontsize=8)
     every_step = range(steps[0], steps[-1] + 1)
     lrm = [phase_position(phases, step)["lrm"] for step in every_step]
-    behind(axes["A"]).fill_between(every_step, lrm, **SHADE)
+    behind(axes["A"]).fill_between(every_step, lrm, color="0.5", alpha=0.2)
     return figure
 
 
@@ -537,18 +532,17 @@ def plot_losses(runs, losses):
         rows = np.array([[e["step"], e["lrm"], *e["losses"]] for e in log if e.get("kind") == "step"])
         if not rows.size:
             raise ValueError(f"{path} holds no training log: name a run, or a copy of its log.jsonl")
-        shaded.fill_between(*rows.T[:2], **SHADE)
+        shaded.fill_between(*rows.T[:2], color="0.5", alpha=0.2)
         means = np.array([part.mean(axis=0) for part in np.array_split(rows, min(100, len(rows)))])
         name = path.resolve().name.removesuffix(".jsonl")
         for k, values in enumerate(means.T[2:]):
-            whole.plot(means[:, 0], values, look, label=f"{name} s{k}", linewidth=1 + k / 3, markersize=4,
-                       markevery=0.1)
+            whole.plot(means[:, 0], values, look, label=f"{name} s{k}", linewidth=1 + k / 3, markevery=0.1)
         points = np.array([(e["step"], e["bpb"]["full"]) for e in log if e["kind"] == "val"])
         validation.plot(*points.reshape(-1, 2).T, look, label=name)
     whole.set_title("training loss by stage, nats (means over 1 % of the steps)")
     validation.set_title("validation, full, bits per byte")
     whole.legend(fontsize=8, ncols=3)
-    validation.legend(fontsize=8)
+    validation.legend()
     figure.supxlabel("step")
     figure.savefig(losses, format=Path(losses).suffix[1:])
 
@@ -578,11 +572,14 @@ def write_report(folder, rows=None, as_json=False):
     name = folder.resolve().name
     # a single checkpoint has no lines to draw
     picture = find_spec("matplotlib") and len(rows) > 1
-    text = trajectory_text(name, rows, record, reading, picture)
+    warning = ""
+    if lookup(rows[-1], "settings/mix_sha256") != lookup(record, "phases/-1/mix_sha256"):
+        warning = "Measured on other data than the run's, by --data: this text may have been trained on."
+    text = trajectory_text(name, rows, record, reading, picture, warning)
     if as_json:
         print(json.dumps(reading))
     else:
-        print(summary(rows[-1]))
+        print(summary(rows[-1]), warning)
         if len(rows) > 1:
             print(f"verdict against {rows[0]['name']}: {reading['verdict']}")
             for question, word, reasons in answers(rows, reading):

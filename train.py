@@ -263,6 +263,8 @@ def continued_config(given):
         raise ValueError(f"--continue-from {parent} needs --out, a folder for the new run")
     record = read_record(parent)
     state = read_json(parent / "state.json")
+    # found from anywhere by a resume
+    given = given | {"continue_from": str(parent.resolve())}
     values = {**record["train"], "reset_optimizer": False, **given}
     config = TrainConfig(**with_short_warmup(values, given))
     row = {"anchor_step": state["step"], "anchor_sample": state["sample"]}
@@ -436,13 +438,14 @@ def keep_history(newest, step, config, phase):
     record = read_json(newest / "config.json")
     before = phase_of(record["phases"][-1])
     for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
+        factor = weight_decay_factor if name == "weight_decay" else learning_rate
         for at in range(phase.anchor, step + 1):
-            old = record["train"][name] * learning_rate(before, at)
-            new = getattr(config, name) * learning_rate(phase, at)
+            old = record["train"][name] * factor(before, at)
+            new = getattr(config, name) * factor(phase, at)
             if old != new:
-                raise ValueError(f"--resume {config.out} would change {name} times lrm at step {at} from "
-                                 f"{old:.4g} to {new:.4g}, and {newest} was trained with the former; for "
-                                 f"other rates or more steps open a new phase: --continue-from {newest}")
+                raise ValueError(f"--resume {config.out} would change the schedule of steps already trained: "
+                                 f"the {name} of step {at} from {old:.4g} to {new:.4g}; for other rates or "
+                                 f"more steps open a new phase: --continue-from {newest}")
 
 
 def restore_newest(config, phase, ranks, model, optimizer):

@@ -237,6 +237,7 @@ def read_source(source, lost, say=warn):
     for path in source["files"]:
         n_records = 0
         n_bad = 0
+        n_given = 0
         errors = []
         size = path.stat().st_size
         try:
@@ -252,15 +253,21 @@ def read_source(source, lost, say=warn):
                         errors = [*errors, f"record {n_records}: {e}"][:NAMED]
                         continue
                     # without those of white space alone
-                    yield from filter(str.strip, DOCUMENT.findall(text) if source.get("few") else [text])
+                    pieces = DOCUMENT.findall(text) if source.get("few") else [text]
+                    given = [*filter(str.strip, pieces)]
+                    n_given += len(given)
+                    yield from given
         except corruption() as e:
             lost["corrupt_files"] += 1
-            errors.append(f"not read on after record {n_records}: {e!r}; mend it or fetch it again")
+            errors.append(f"not read on after record {n_records}: {e!r}; if it is damaged, fetch it again")
         lost["records"] += n_records
         lost["bad_records"] += n_bad
-        if errors:
-            say(f"{path}: {n_bad} of {n_records} records skipped: {'; '.join(errors)} (JSON must be a record "
-                f"a line: jq -c '.[]' makes lines of an array, jq -c . of a document)")
+        # a file of bad records alone is of another kind than its ending says
+        lost["corrupt_files"] += n_bad == n_records > 0
+        if errors or not n_given:
+            say(f"{path}: {n_bad} of {n_records} records skipped: {'; '.join(errors or ['no text in it'])} "
+                f"(where it is JSON it must be a record a line: jq -c '.[]' makes lines of an array, jq -c . "
+                f"of a document)")
 
 
 # once in each process
@@ -497,7 +504,7 @@ def tokenize(flags):
         (out / "manifest.json").unlink(missing_ok=True)
         entries = [tokenize_source(source, out, tokenizer, pool, 2 * workers + 1) for source in plan]
         write_whole(out / "manifest.json", json.dumps({
-            "format": 1, "name": Path(flags.mix or out).stem, "tokenizer_sha256": tokenizer.sha256,
+            "format": 1, "tokenizer_sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size, "sources": entries}, indent=1).encode())
     check_validation(open_data(out))
     lacking = [entry["name"] for entry in entries if entry["corrupt_files"] or not entry["train"]

@@ -155,10 +155,15 @@ def test_what_was_trained_is_history(flags, word, run, refused, capsys):
     assert content() == before
 
 
-def test_a_resume_may_change_the_rates_to_come(data, tmp_path):
+@pytest.mark.parametrize("decay", [0, 0.1])
+def test_a_resume_may_change_the_rates_to_come(decay, data, tmp_path, refused):
     run = tmp_path / "run"
-    train_run(*SMALL, "--data", data, "--out", run, "--warmdown-ratio", 0.5, "--save-every", 3)
+    train_run(*SMALL, "--data", data, "--out", run, "--warmdown-ratio", 0.5, "--weight-decay", decay)
     shutil.rmtree(run / "step-00006")
+    if decay:
+        # its cosine would have been another one
+        assert "weight_decay of step" in refused(train.main, "--resume", run, "--num-steps", 8)
+        return
     train_run("--resume", run, "--num-steps", 8)
     used = [line["lrm"] for line in log_lines(run)]
     phase = phase_of(json.loads((run / "config.json").read_text())["phases"][0])
