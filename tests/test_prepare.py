@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,6 +300,17 @@ def test_losses_are_counted_and_named_by_file_and_more_than_a_twentieth_ends_wit
                      "many.jsonl: 30 of", "many.z.txt: 1 of 1", "book.txt: 1 of 1", "array.json: 2 of 2",
                      "document.json: 3 of 3", "makes lines of an array", "before training"):
         assert expected in err, expected
+
+
+@pytest.mark.parametrize("name, content, error", [
+    ("web.a.json", json.dumps([{"text": "x"}] * 500).encode(), "^web: corrupt"),
+    ("web.a.jsonl", b'{"text": ""}\n' * 9, None)])
+def test_a_file_that_gives_nothing_is_named_and_one_of_another_kind_is_an_error(name, content, error, capsys):
+    setup(web__jsonl=lines(texts(300)))
+    Path("raw", name).write_bytes(content)
+    with refusing(error) if error else nullcontext():
+        prepare.tokenize(FLAGS)
+    assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("between, corrupt", [(b"", 0), (bytes(8), 0), (b"damage!!", 1)])

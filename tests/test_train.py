@@ -176,9 +176,6 @@ def test_durations_do_not_follow_the_wall_clock(data, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: next(clock))
     train_run(*SMALL, "--data", data, "--out", tmp_path / "run")
     assert all(line["dt"] > 0 and 0 < line["train_time"] < 600 for line in log_lines(tmp_path / "run"))
-    model, _, _ = load_checkpoint(tmp_path / "run")
-    engine = sample.Engine(model, sample.Plan(range(3)))
-    assert 0 < sample.decode_timed(engine, [1, 2], 3).seconds < 600
 
 
 def test_the_data_is_found_from_anywhere_and_nothing_else_in_its_place(data, tmp_path, monkeypatch):
@@ -192,6 +189,11 @@ def test_the_data_is_found_from_anywhere_and_nothing_else_in_its_place(data, tmp
     monkeypatch.chdir(tmp_path / "elsewhere")
     train_run("--resume", "../runs/a")
     train_run("--continue-from", "../runs/a/step-00006", "--out", "deep/down/b", *CONTINUAL)
+    # killed before its seed was placed
+    for path in checkpoint_steps("deep/down/b"):
+        shutil.rmtree(path)
+    monkeypatch.chdir("/")
+    train_run("--resume", tmp_path / "elsewhere/deep/down/b")
     # together they may move
     (tmp_path / "elsewhere").rename(tmp_path / "moved")
     monkeypatch.chdir("/")
