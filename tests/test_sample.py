@@ -460,7 +460,7 @@ def test_in_bfloat16_several_prompts_are_decoded_as_one_is():
     model = make(torch.bfloat16, vocab_size=300, sequence_len=80, n_embd=384, n_head=6, n_kv_head=2,
                  mlp_hidden=1024).freeze_for_inference()
     prompts = [word * n for word in ("the ", "of a ") for n in range(1, 5)]
-    texts = [list(complete(model, Tokenizer.load(vocab_size=300), prompts, 20, plan, Sampling(0.8)))
+    texts = [list(complete(model, Tokenizer.load(vocab_size=300), prompts, 6, plan, Sampling(0.8)))
              for plan in (FULL, Plan(range(3), draft_len=4))]
     for key in ("token_ids", "log_probs"):
         assert [text[key] for text in texts[0]] == [text[key] for text in texts[1]]
