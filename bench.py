@@ -86,7 +86,7 @@ def in_rounds(measures, n_rounds):
             except torch.OutOfMemoryError:
                 print(f"{name} is left out: it runs out of memory", file=sys.stderr)
                 del results[name]
-        print(f"round {number} of {n_rounds}", file=sys.stderr, flush=True)
+        print(f"round {number} of {n_rounds}", file=sys.stderr)
     return {name: values[1:] for name, values in results.items()}
 
 

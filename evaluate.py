@@ -271,7 +271,8 @@ class Slice:
 
     The first `n_calibration` windows calibrate. Rates are reported on `in_report`, bool (n_windows, T):
     positions of the other windows whose target's document has no target in a calibration window, because
-    windows cut documents and both parts may hold pieces of one.
+    windows cut documents and both parts may hold pieces of one. Where that leaves few, because documents are
+    long or few, every second document reports, and what calibration windows hold of it calibrates nothing.
     """
 
     def __init__(self, mix, n_windows, n_calibration, tokenizer, mix_sha256=None):
@@ -282,6 +283,8 @@ class Slice:
         self.mix_sha256 = mix_sha256
         self.documents = slice_documents(mix, n_windows, tokenizer.bos)
         self.in_report = ~np.isin(self.documents, self.documents[:n_calibration])
+        if 4 * self.in_report.sum() < self.documents[n_calibration:].size:
+            self.in_report = self.documents % 2 == 1
         if n_calibration < 1 or not self.in_report.any():
             raise ValueError(f"--wand-tokens must be a window of {mix.T} tokens or more and leave whole "
                              f"documents to report on; change it, or raise --split-tokens")
@@ -496,7 +499,7 @@ def measure(model, text_slice, batch_size, cap, rank=0, world_size=1, progress=l
             kept[name][rows] = column.view(len(rows), mix.T, -1).double()
     if K > 1:
         kept = sum_over_ranks(kept, world_size)
-        counted = kept["tokens"][..., 0] > 0
+        counted = (kept["tokens"][..., 0] > 0) & ~text_slice.in_report[:n_calibration]
         fits = calibrate({name: values[counted] for name, values in kept.items()},
                          blocks[:n_calibration][counted], cap)
         fits_there = {name: torch.from_numpy(values).to(device) for name, values in fits.items()}
@@ -743,16 +746,15 @@ def evaluate_checkpoint(step, text_slice, config, device, dtype, ranks, rows):
 class EvalConfig(DeviceFlags):
     data: str = flag(None, "folder of token shards with validation shards (default: the checkpoint's "
                            "own)", path=True)
-    split_tokens: int = flag(0, f"tokens of the slice (0: {SPLIT_TOKENS:,}, or all where there are "
-                                f"fewer)", low=0)
+    split_tokens: int = flag(0, "tokens of the slice (0: 1,048,576, or all where there are fewer)", low=0)
     wand_tokens: int = flag(0, "tokens at the beginning of the slice that calibrate bounds and thresholds "
                                "(0: an eighth of the slice)", low=0)
     routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the "
                                     "target", low=0)
     samples: bool = flag(True, "generate text too: the sample-mode probe (7 prompts, 60 greedy tokens) and "
                                "speculative decoding")
-    speculative_prompts: int = flag(None, f"documents whose continuation measures speculative decoding "
-                                          f"(default: {SPECULATIVE_PROMPTS}; 0: not measured)", low=0)
+    speculative_prompts: int = flag(None, "documents whose continuation measures speculative decoding "
+                                          "(default: 8 on a CPU, 64 on a GPU; 0: not measured)", low=0)
     device_batch_size: int = flag(8, "sequences in a forward pass", low=1)
     compile: bool = flag(None, "compile the blocks too (default on cuda: the vocabulary's statistics alone; "
                                "--no-compile: nothing)")

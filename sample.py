@@ -608,7 +608,7 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=None, wand_
 # --------------------------------------------------------------------------------------------------
 # Text
 
-def count_new_tokens(config, encoded, asked, default=64, number=1):
+def count_new_tokens(config, encoded, asked, default=64):
     """How many tokens to generate after each of these prompts of ids: `asked`, or None: up to `default`.
 
     The last token is never fed back. Raises ValueError where the context has no room.
@@ -617,7 +617,7 @@ def count_new_tokens(config, encoded, asked, default=64, number=1):
     longest = max(lengths)
     left = config.sequence_len + 1 - longest
     if left < (asked or 1):
-        raise ValueError(f"prompt {lengths.index(longest) + number}, of {longest} tokens, leaves room for "
+        raise ValueError(f"prompt {lengths.index(longest) + 1}, of {longest} tokens, leaves room for "
                          f"{max(left, 0)} of {asked or 1} new tokens in a context of "
                          f"{config.sequence_len}; shorten it")
     return asked or min(default, left)
@@ -646,7 +646,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
     engine = None
     while group := list(itertools.islice(waiting, 1 if one_by_one else ROWS)):
         encoded = [tokenizer.encode(prompt) for _, prompt in group]
-        n_new = count_new_tokens(model.config, encoded, max_new_tokens, number=1 + group[0][0] // n_samples)
+        n_new = count_new_tokens(model.config, encoded, max_new_tokens)
         if engine is None or engine.n_rows != len(group):
             engine = Engine(model, plan, len(group), sampling, fast)
         if on_text:

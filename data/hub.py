@@ -33,7 +33,7 @@ FOREIGN = (ValueError, LookupError, TypeError)
 
 
 def warn(message):
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 progress = Progress()
