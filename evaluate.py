@@ -8,14 +8,14 @@ Measure checkpoints: every table of the model card, all but generated text from 
 
 The slice is the first `--split-tokens` of the validation windows, which never change (dataloader.py). Its
 first `--wand-tokens` calibrate bounds and thresholds; rates are reported on positions of later windows whose
-document has no position in the calibration part (`Slice`). bpb, accuracy and alpha use all of it. Targets
-that are special tokens count nowhere.
+document calibrates nothing (`Slice`). bpb, accuracy and alpha use all of it. Targets that are special tokens
+count nowhere.
 
 Every figure is a ratio of float64 sums. Its standard error is its spread over a bootstrap of blocks of
 documents (`block_weights`), because positions of a document are alike; thresholds are fitted anew in each
 resample. Differences between two checkpoints have paired ones (report.py). Ranks share the windows and
 add up their sums. Memory is bounded by a chunk of tokens, a few bytes per token of the slice and one per
-token of a validation shard.
+token of a validation shard; a token that calibrates takes some 500 bytes of K = 4.
 
 A checkpoint that was measured with equal settings is not measured again. Written, inside the run that is
 given and nowhere else: metrics.json and timings.json of each step, `poe_wand_*` in its config.json,
@@ -65,7 +65,7 @@ SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibra
 # (token, vocabulary) pairs of one array held at once: a CPU's cache; 128 MiB in bfloat16
 CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 26}
 N_BLOCKS = 128                  # blocks of documents that carry the standard errors
-N_RESAMPLES = 100               # of the blocks, for rates under fitted thresholds: errors known to 7 %
+N_RESAMPLES = 100               # of the blocks: errors known to 7 %
 N_CANDIDATES = 2048             # thresholds to choose from
 CONFIDENCE = 1.645              # standard errors: 5 % of a normal distribution lie above
 ALPHAS = (0.25, 0.5, 0.75, 1.0)         # alpha = 0 is the full prefix
@@ -285,7 +285,8 @@ class Slice:
         self.in_report = ~np.isin(self.documents, self.documents[:n_calibration])
         if 4 * self.in_report.sum() < self.documents[n_calibration:].size:
             self.in_report = self.documents % 2 == 1
-        if n_calibration < 1 or not self.in_report.any():
+        # the second holds too where there is no calibration window
+        if not self.in_report[n_calibration:].any() or self.in_report[:n_calibration].all():
             raise ValueError(f"--wand-tokens must be a window of {mix.T} tokens or more and leave whole "
                              f"documents to report on; change it, or raise --split-tokens")
         self.sha256 = slice_text(mix, n_windows, tokenizer)[1]
@@ -472,7 +473,8 @@ def exit_metrics(sums, fits, cap, read_bytes):
 
 def measure(model, text_slice, batch_size, cap, rank=0, world_size=1, progress=lambda *_: None):
     """Every table but those of generated text, in one pass of the trunk over a `Slice`: metrics.json's keys,
-    in memory of a chunk. progress: called with (label, windows done, windows in all).
+    in memory of a chunk and of the calibration part. progress: called with (label, windows done, windows in
+    all).
     """
     device = model.cos.device
     K = model.config.n_stage
@@ -746,15 +748,16 @@ def evaluate_checkpoint(step, text_slice, config, device, dtype, ranks, rows):
 class EvalConfig(DeviceFlags):
     data: str = flag(None, "folder of token shards with validation shards (default: the checkpoint's "
                            "own)", path=True)
-    split_tokens: int = flag(0, "tokens of the slice (0: 1,048,576, or all where there are fewer)", low=0)
+    split_tokens: int = flag(0, f"tokens of the slice (0: {SPLIT_TOKENS:,}, or all where there are "
+                                f"fewer)", low=0)
     wand_tokens: int = flag(0, "tokens at the beginning of the slice that calibrate bounds and thresholds "
                                "(0: an eighth of the slice)", low=0)
     routing_cap: float = flag(0.02, "most that routing may cost on average where it takes s0, nats of the "
                                     "target", low=0)
     samples: bool = flag(True, "generate text too: the sample-mode probe (7 prompts, 60 greedy tokens) and "
                                "speculative decoding")
-    speculative_prompts: int = flag(None, "documents whose continuation measures speculative decoding "
-                                          "(default: 8 on a CPU, 64 on a GPU; 0: not measured)", low=0)
+    speculative_prompts: int = flag(None, f"documents whose continuation measures speculative decoding "
+                                          f"(default: {SPECULATIVE_PROMPTS}; 0: not measured)", low=0)
     device_batch_size: int = flag(8, "sequences in a forward pass", low=1)
     compile: bool = flag(None, "compile the blocks too (default on cuda: the vocabulary's statistics alone; "
                                "--no-compile: nothing)")

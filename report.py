@@ -8,8 +8,9 @@ A row is the metrics.json of one checkpoint as a dict, with its timings.json und
 name in the tables under "name". A figure is named by its path in a row, such as "bpb/single/0". Functions are
 pure, but for `write_report`, which reads and writes a run's files, `plot_losses` and `main`.
 
-Every judgement follows a fixed rule: a change within two standard errors is noise, and where no error is
-known the sign alone decides. The errors are evaluate.py's: spreads over resamples of blocks of documents.
+Every judgement follows a fixed rule: a change within two standard errors is noise, and so is one of a figure
+that was measured on too few documents to know its error. Where no error is recorded, as in train.py's log,
+the sign alone decides. The errors are evaluate.py's: spreads over resamples of blocks of documents.
 """
 import json
 import math
@@ -116,9 +117,9 @@ def stderr_of_change(path, row, base):
         return None
     if None not in resamples:
         values, base_values = (np.array(text.split(), dtype=float) for text in resamples)
-        spread = float(np.nanstd(values - base_values, ddof=1))
-        if spread > 0:
-            return spread
+        paired = float(np.nanstd(values - base_values, ddof=1))
+        if paired > 0:
+            return paired
     return math.hypot(*errors)
 
 
@@ -216,12 +217,13 @@ def tables(row):
         "Self-speculative decoding, the card's 7 prompts": {
             "acceptance, 7 prompts": "speculative/card_prompts/acceptance",
             "mean accepted / 4, 7 prompts": "speculative/card_prompts/mean_accepted"},
-        "Adaptive depth, on other text than calibrated it (the margin's cap: 0.001 violations)": {
+        "Adaptive depth, on other text than calibrated it": {
             "positions": "wand/report_tokens", "exceedance {} → {}": "wand/exceedance/{}",
             "p99 exits s{}": "wand/exit_fraction/{}",
             "p99 violations": "wand/violation_rate", "p99 agreement": "wand/agreement",
             "p99 speedup": "wand/projected_speedup", "margin exits s{}": "wand/margin/exit_fraction/{}",
-            "margin violations": "wand/margin/violation_rate", "margin agreement": "wand/margin/agreement",
+            "margin cap": "wand/margin/cap", "margin violations": "wand/margin/violation_rate",
+            "margin agreement": "wand/margin/agreement",
             "margin speedup": "wand/margin/projected_speedup"},
         "Routing, on other text than calibrated it": {
             "threshold": "routing/threshold", "oracle fraction": "routing/oracle_fraction",
@@ -451,7 +453,7 @@ def trajectory_text(name, rows, record, reading, picture, warning):
         markdown(["Question", "Answer", f"Change against {seed}, ± standard error"], answers(rows, reading),
                  text=True),
         f"≈ and noise: a change within two standard errors, found by resampling documents; where none is "
-        f"known, the sign alone decides. The answers that count are corrected for their number, so "
+        f"recorded, the sign alone decides. The answers that count are corrected for their number, so "
         f"that noise rarely moves any. — is not measured, or not in the log; ≤ the upper limit of a rate "
         f"that was 0. {len(rows)} checkpoints of {K} stages on {settings['split_tokens']:,} tokens of "
         f"validation text (sha256 {settings['slice_sha256'][:12]}), of which {settings['wand_tokens']:,} "
@@ -543,7 +545,7 @@ def plot_losses(runs, losses):
     whole.legend(fontsize=8, ncols=3)
     validation.legend()
     figure.supxlabel("step")
-    figure.savefig(losses, format=Path(losses).suffix[1:])
+    figure.savefig(losses)
 
 
 def write_report(folder, rows=None, as_json=False):

@@ -634,17 +634,16 @@ def complete(model, tokenizer, prompts, max_new_tokens, plan, sampling=Sampling(
     (that proposed each token), depths (stages that decided it), stopped ("bos" or "length"), and for
     speculation cycles and drafts judged and accepted, of all cycles, the last one's whole.
     """
-    one_by_one = plan.draft_len or plan.exits or not isinstance(prompts, list)
-    if model.compute_dtype == torch.bfloat16 and not fast:
-        # a matrix product's rows in bfloat16 depend on how many there are
-        one_by_one = True
+    # in bfloat16 a matrix product's rows depend on how many there are, but in the kernels
+    exact = fast or model.compute_dtype != torch.bfloat16
+    batching = isinstance(prompts, list) and exact and not (plan.draft_len or plan.exits)
     if isinstance(prompts, list):
         encoded = [tokenizer.encode(prompt) for prompt in prompts]
         max_new_tokens = count_new_tokens(model.config, encoded, max_new_tokens)
     # number i is a sample of prompt i // n_samples
     waiting = enumerate(prompt for prompt in prompts for _ in range(n_samples))
     engine = None
-    while group := list(itertools.islice(waiting, 1 if one_by_one else ROWS)):
+    while group := list(itertools.islice(waiting, ROWS if batching else 1)):
         encoded = [tokenizer.encode(prompt) for _, prompt in group]
         n_new = count_new_tokens(model.config, encoded, max_new_tokens)
         if engine is None or engine.n_rows != len(group):
@@ -771,7 +770,7 @@ def main(argv=None):
     plan = make_plan(model.config, config.mode, config.stage, config.prefix, config.draft_len,
                      config.wand_margin, config.routing_threshold, record.get(BOUNDS_KEY), metrics)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
-    streaming = not config.json and isinstance(prompts, list) and len(prompts) * config.num_samples == 1
+    streaming = not config.json and config.prompt_file is None and config.num_samples == 1
     start = time.monotonic()
     with attention_backends(device), decoding_threads(model):
         samples = complete(model, Tokenizer.load(path), prompts, config.max_new_tokens, plan, sampling,

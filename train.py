@@ -390,7 +390,8 @@ def validation_slices(data, rows, config, ranks):
         if ranks.world_size > slices[0][3]:
             raise ValueError(f"--eval-tokens {config.eval_tokens} are {slices[0][3]} windows for "
                              f"{ranks.world_size} ranks; raise it or start fewer ranks")
-    earlier_mixes = {row["mix_sha256"]: row["mix"] for row in reversed(rows)}
+    # of data that moved, the path that was named last
+    earlier_mixes = {row["mix_sha256"]: row["mix"] for row in rows}
     del earlier_mixes[data.sha256]
     for sha256, path in earlier_mixes.items():
         try:
@@ -431,9 +432,10 @@ def open_folder(config, record):
 
 
 def keep_history(newest, step, config, phase):
-    """Raise ValueError where a resume's flags would change a rate that the phase has used, or its next one.
+    """Raise ValueError where a resume's flags would change a rate, or the weight decay, of a step that the
+    phase has trained, or of its next one.
 
-    So a rate never jumps, and the phase table states the rates that were used.
+    So no rate jumps, and the phase table states what was used.
     """
     record = read_json(newest / "config.json")
     before = phase_of(record["phases"][-1])
