@@ -486,7 +486,8 @@ def tokenize(flags):
 
     What cannot be read is named and skipped: records (invalid UTF-8, not JSON, no text, JSON lines of more
     than 64 MB), and a corrupt file from where it is corrupt on. The exit code is 2 where a file was corrupt
-    or more than 5 % of a source's records were lost; what was read is data all the same.
+    or had bad records alone, or where more than 5 % of a source's records were lost; what was read is data
+    all the same.
 
     A finished source is not done again while its files and flags stay as they are; one that was interrupted
     is done again (shards that it then needs no more stay in the folder, unnamed). The shards are the same
