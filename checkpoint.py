@@ -159,13 +159,13 @@ def save_checkpoint(out, ranks, model, optimizer, record, state, tokenizer):
     """Save RUN/step-XXXXX whole or not at all: each rank the optimizer state that it owns, rank 0 the rest.
     Returns its path.
 
-    record: the run's config.json. state: state.json. Raises SharedError or OSError, on a full disk for one,
-    and then leaves everything before as it was.
+    optimizer: None saves none. record: the run's config.json. state: state.json. Raises SharedError or
+    OSError, on a full disk for one, and then leaves everything before as it was.
     """
     final = out / f"step-{state['step']:05d}"
     temporary = out / f".tmp-{final.name}"
     # this rank's files
-    written = [f"optim/rank-{ranks.rank:05d}.pt"]
+    written = [f"optim/rank-{ranks.rank:05d}.pt"] if optimizer else []
     try:
         with ranks.together():
             if ranks.rank == 0:
@@ -175,7 +175,8 @@ def save_checkpoint(out, ranks, model, optimizer, record, state, tokenizer):
                 (temporary / "optim").mkdir()
         with ranks.together():
             try:
-                torch.save(optimizer.state_dict(), temporary / written[0])
+                if optimizer:
+                    torch.save(optimizer.state_dict(), temporary / written[0])
                 if ranks.rank == 0:
                     torch.save(model.state_dict(), temporary / "model.pt")
                     write_json(temporary / "config.json", record | {"step": state["step"]})

@@ -50,8 +50,8 @@ def is_first_rank():
 
 
 def spelled(name):
-    """The flag of a dataclass field: peak_lrm is --peak-lrm."""
-    return "--" + name.replace("_", "-")
+    """The flag of a dataclass field: peak_lrm is --peak-lrm, and import_ (a word of Python) is --import."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +90,8 @@ def _add_flags(parser, cls, positionals):
         else:
             kind = dict(type=_converter(field.type, **field.metadata), choices=field.metadata.get("choices"))
         help = help.replace("%", "%%")
-        parser.add_argument(spelled(field.name), default=argparse.SUPPRESS, help=help, **kind)
+        parser.add_argument(spelled(field.name), dest=field.name, default=argparse.SUPPRESS, help=help,
+                            **kind)
 
 
 def parse_flags(cls, description, argv=None, positionals=()):

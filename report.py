@@ -548,6 +548,20 @@ def plot_losses(runs, losses):
     figure.savefig(losses)
 
 
+def trajectory(folder, rows, record, picture=False, warning=""):
+    """(TRAJECTORY.md's text, reading, rows with their names) of a run's rows {step directory: row}.
+
+    record: RUN/config.json. See `read_trajectory` and `trajectory_text`.
+    """
+    phases = list(map(phase_of, record["phases"]))
+    seeds = [phase.anchor for phase in phases[1:]]
+    # the run may have got a new phase since a step was measured
+    rows = [{**row, "name": f"`{path.name}`{' (seed)' if row['step'] in seeds else ''}",
+             "phase": phase_position(phases, row["step"])} for path, row in rows.items()]
+    reading = read_trajectory(rows, phases)
+    return trajectory_text(folder.resolve().name, rows, record, reading, picture, warning), reading, rows
+
+
 def write_report(folder, rows=None, as_json=False):
     """Print what there is to say of a run, then write its TRAJECTORY.md and trajectory.png; return (text,
     reading), see `read_trajectory`.
@@ -564,19 +578,12 @@ def write_report(folder, rows=None, as_json=False):
         raise ValueError(f"{folder} must be a run whose steps were measured on one slice of text, not on "
                          f"{len(slices)}; measure them with python evaluate.py {folder}")
     record = read_json(folder / "config.json")
-    phases = list(map(phase_of, record["phases"]))
-    seeds = [phase.anchor for phase in phases[1:]]
-    # the run may have got a new phase since a step was measured
-    rows = [{**row, "name": f"`{path.name}`{' (seed)' if row['step'] in seeds else ''}",
-             "phase": phase_position(phases, row["step"])} for path, row in rows.items()]
-    reading = read_trajectory(rows, phases)
-    name = folder.resolve().name
     # a single checkpoint has no lines to draw
     picture = find_spec("matplotlib") and len(rows) > 1
     warning = ""
-    if lookup(rows[-1], "settings/mix_sha256") != lookup(record, "phases/-1/mix_sha256"):
+    if lookup(list(rows.values())[-1], "settings/mix_sha256") != lookup(record, "phases/-1/mix_sha256"):
         warning = "Measured on other data than the run's, by --data: this text may have been trained on."
-    text = trajectory_text(name, rows, record, reading, picture, warning)
+    text, reading, rows = trajectory(folder, rows, record, picture, warning)
     if as_json:
         print(json.dumps(reading))
     else:
@@ -589,7 +596,8 @@ def write_report(folder, rows=None, as_json=False):
     write_whole(folder / "TRAJECTORY.md", text.encode())
     remark = "; a picture needs several checkpoints, and pip install matplotlib"
     if picture:
-        plot(rows, phases, name).savefig(folder / "trajectory.png")
+        phases = list(map(phase_of, record["phases"]))
+        plot(rows, phases, folder.resolve().name).savefig(folder / "trajectory.png")
         remark = ", and trajectory.png"
     print(f"wrote {folder / 'TRAJECTORY.md'}, tables of {len(rows)} of {len(steps)} checkpoints{remark}",
           file=sys.stderr)

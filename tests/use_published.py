@@ -1,0 +1,74 @@
+"""
+What a stranger does with published folders, in a process that does not find this project: test_publish.py runs
+`use_published.py FOLDER OTHER TEXTS OUT` and reads OUT, a file of torch.save.
+"""
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import lm_eval
+import torch
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, other, texts, out = sys.argv[1:]
+# the model card's snippet, as pasted
+snippet = re.search(r"```python\n(.*?)```", Path(folder, "README.md").read_text(), re.DOTALL)[1]
+card = {}
+exec(re.sub(r'"USER/.*?"', repr(folder), snippet), card)
+model = card["model"]
+tokenizer = card["tokenizer"]
+ids = card["input_ids"]
+new = dict(max_new_tokens=24, do_sample=False)
+
+
+def load(path, **more):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **more)
+
+
+def drafted(model):
+    return [model.generate_speculative(ids, 24, n) for n in (0, 1, 4, 15)]
+
+
+# the other folder has the same last name, and shards
+half = load(folder, dtype=torch.bfloat16, device_map="auto")
+prompts = ["the stage of", "naïve is in the expert x = y", "a"]
+batch = tokenizer(prompts, return_tensors="pt", padding=True)
+with torch.no_grad():
+    found = {
+        "logits": [model(ids), model(ids, stage=0), model(ids, stage=2), model(ids, prefix=2),
+                   model(ids, poe_alpha=0.5), load(other, dtype=torch.float32)(ids), half(ids)],
+        "loss": model(ids, labels=ids).loss,
+        "plain": [card["out"], model.generate(ids, **new, use_cache=False), *drafted(model)],
+        "half": drafted(half),
+        "prefix": model.generate(ids, **new, prefix=2),
+        "wand": model.generate_wand(ids, 24),
+        "batch": model.generate(**batch, **new)[:, -24:],
+        "each": [model.generate(tokenizer(p, return_tensors="pt").input_ids, **new)[0, -24:] for p in prompts]}
+found["logits"] = [output.logits for output in found["logits"]]
+found["ids"] = [tokenizer(text)["input_ids"] for text in json.loads(Path(texts).read_text())]
+
+with tempfile.TemporaryDirectory() as again:
+    model.save_pretrained(again)
+    tokenizer.save_pretrained(again)
+    found["again"] = {path.name: path.read_text("latin1") for path in Path(again).iterdir()}
+
+task = """
+task: local
+dataset_path: json
+dataset_kwargs: {data_files: {test: docs.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "The capital of France is"
+doc_to_choice: [Paris, a naïve town]
+doc_to_target: 0
+"""
+Path("docs.jsonl").write_text('{"number": 0}\n')
+Path("local.yaml").write_text(task)
+results = lm_eval.simple_evaluate(
+    "hf", dict(pretrained=folder, trust_remote_code=True, dtype="float32", add_bos_token=True), ["local"],
+    device="cpu", task_manager=TaskManager(include_path=".", include_defaults=False))
+found["lm_eval"] = [choice for choice, _ in results["samples"]["local"][0]["filtered_resps"]]
+torch.save(found, out)
