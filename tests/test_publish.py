@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
 
 import evaluate
 import publish
 import train
 from checkpoint import BOUNDS_KEY, load_checkpoint, read_json, write_json
 from common import sha256_of
+from conftest import ROOT, SMALL
 from dataloader import Tokenizer
 from model import PoE, combine
 from sample import complete, make_plan
@@ -37,8 +37,8 @@ PROMPT = "The capital of France is"
 # of which WAND leaves after every stage
 BOUNDS = [0.5, 0.2]
 # what a conversion of a tokenizer gets wrong first
-TEXTS = ["I'll, WE'RE don't", "1234567 3.14", "你好，世界", "👩‍👩‍👧 🎉", "def f(x):\n\n\n\treturn  x", "a       b  \n  ",
-         "<|bos|>", ""]
+TEXTS = ["I'll, WE'RE don't", "1234567 3.14", "你好，世界", "👩‍👩‍👧 🎉", "def f(x):\n\n\n\treturn  x",
+         "a       b  \n  ", "<|bos|>", ""]
 
 
 def spoken(main, *argv):
@@ -181,7 +181,8 @@ def test_what_was_published_comes_back_by_import(runs, published, data, tmp_path
     (["run", "--out", "run"], "something else"),
     (["other", "--out", "published", "--folders"], "something else"),
     (["run"], "--out")])
-def test_bad_input_gets_one_line_and_writes_nothing(argv, word, runs, published, tmp_path, refused, monkeypatch):
+def test_bad_input_gets_one_line_and_writes_nothing(
+        argv, word, runs, published, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, path in {"run": runs / "0", "other": runs / "1", "published": published / "0"}.items():
         Path(name).symlink_to(path)
@@ -216,7 +217,7 @@ def test_nothing_of_this_machine_is_published_and_what_was_not_measured_is_said(
     assert "### Per-stage BPB" in (published / "0/main/README.md").read_text()
 
 
-def test_weights_are_published_in_two_bytes_of_memory_a_parameter(tmp_path, monkeypatch):
+def test_weights_are_published_in_two_bytes_of_memory_a_parameter(tmp_path):
     n = 2 ** 25
     torch.save({"a": torch.zeros(n // 4, 4)}, tmp_path / "model.pt")
     write_json(tmp_path / "config.json", {})
@@ -229,7 +230,8 @@ def test_weights_are_published_in_two_bytes_of_memory_a_parameter(tmp_path, monk
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    publish.write_model(tmp_path, {"model": {"stage_layers": [1]}, "tokenizer": {"bos": 1}}, tmp_path, "bfloat16")
+    record = {"model": {"stage_layers": [1]}, "tokenizer": {"bos": 1}}
+    publish.write_model(tmp_path, record, tmp_path, "bfloat16")
     done.set()
     watcher.join()
     # 64 MiB are the packages'

@@ -1,6 +1,6 @@
 """
-What a stranger does with published folders, in a process that does not find this project: test_publish.py runs
-`use_published.py FOLDER OTHER TEXTS OUT` and reads OUT, a file of torch.save.
+What a stranger does with published folders, in a process that does not find this project: test_publish.py
+runs `use_published.py FOLDER OTHER TEXTS OUT` and reads OUT, a file of torch.save.
 """
 import json
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 folder, other, texts, out = sys.argv[1:]
 # the model card's snippet, as pasted
@@ -46,7 +46,8 @@ with torch.no_grad():
         "prefix": model.generate(ids, **new, prefix=2),
         "wand": model.generate_wand(ids, 24),
         "batch": model.generate(**batch, **new)[:, -24:],
-        "each": [model.generate(tokenizer(p, return_tensors="pt").input_ids, **new)[0, -24:] for p in prompts]}
+        "each": [model.generate(tokenizer(prompt, return_tensors="pt").input_ids, **new)[0, -24:]
+                 for prompt in prompts]}
 found["logits"] = [output.logits for output in found["logits"]]
 found["ids"] = [tokenizer(text)["input_ids"] for text in json.loads(Path(texts).read_text())]
 
