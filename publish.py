@@ -92,35 +92,13 @@ Logits are log-probabilities. `main` has an index of all branches, trajectory.cs
 """
 
 
-def public(value):
-    """A JSON value without the folders of this machine."""
-    return json.loads(re.sub(FOLDERS, r"\1", json.dumps(value)))
+def read_public(path):
+    """The JSON value in a file, without the folders of this machine."""
+    return json.loads(re.sub(FOLDERS, r"\1", path.read_text()))
 
 
 # --------------------------------------------------------------------------------------------------
 # A branch
-
-def write_model(step, record, folder, dtype):
-    """Weights, their scalars in float32; code; config.json, which is returned."""
-    from huggingface_hub import save_torch_state_dict
-    tensors = load_tensors(step / "model.pt")
-    save_torch_state_dict({
-        f"model.{name}": tensor.to(getattr(torch, dtype) if tensor.dim() else torch.float32)
-        for name, tensor in tensors.items()}, folder, max_shard_size=SHARD)
-    for code in ("model.py", "modeling_poe.py"):
-        shutil.copy(HERE / code, folder)
-    shape = dict(record["model"])
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), record["tokenizer"]["bos"])
-    config = {
-        "architectures": ["CognicaPoEForCausalLM"], "model_type": "cognica_poe", "dtype": dtype, **special,
-        "auto_map": {"AutoConfig": "modeling_poe.CognicaPoEConfig",
-                     "AutoModelForCausalLM": "modeling_poe.CognicaPoEForCausalLM"},
-        "tie_word_embeddings": False, "poe_stage_layers": shape.pop("stage_layers"), **shape,
-        "poe_alpha": 0.0, BOUNDS_KEY: read_json(step / "config.json").get(BOUNDS_KEY), "poe_training": record}
-    write_json(folder / "generation_config.json", special)
-    write_json(folder / "config.json", config)
-    return config
-
 
 def write_tokenizer(step, folder):
     """tokenizer.json and tokenizer_config.json: text becomes bos + ordinary text, as everywhere here."""
@@ -136,26 +114,44 @@ def write_tokenizer(step, folder):
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS)})
 
 
-def write_card(run, steps, record, folder, more):
-    """metrics.json and README.md of the last of `steps`, the checkpoints up to it; returns its line of
-    trajectory.csv. more: what else the model card names.
+def write_model(step, record, folder, dtype):
+    """Weights, scalars in float32; code; generation_config.json; config.json, which is returned."""
+    from huggingface_hub import save_torch_state_dict
+    tensors = load_tensors(step / "model.pt")
+    save_torch_state_dict({
+        f"model.{name}": tensor.to(getattr(torch, dtype) if tensor.dim() else torch.float32)
+        for name, tensor in tensors.items()}, folder, max_shard_size=SHARD)
+    for code in ("model.py", "modeling_poe.py"):
+        shutil.copy(HERE / code, folder)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), record["tokenizer"]["bos"])
+    write_json(folder / "generation_config.json", special)
+    shape = dict(record["model"])
+    config = {
+        "architectures": ["CognicaPoEForCausalLM"], "model_type": "cognica_poe", "dtype": dtype, **special,
+        "auto_map": {"AutoConfig": "modeling_poe.CognicaPoEConfig",
+                     "AutoModelForCausalLM": "modeling_poe.CognicaPoEForCausalLM"},
+        "tie_word_embeddings": False, "poe_stage_layers": shape.pop("stage_layers"), **shape,
+        "poe_alpha": 0.0, BOUNDS_KEY: read_json(step / "config.json").get(BOUNDS_KEY), "poe_training": record}
+    write_json(folder / "config.json", config)
+    return config
+
+
+def write_card(run, step, record, rows, folder, more):
+    """README.md of a checkpoint, whose line of trajectory.csv is returned.
+
+    rows: {step directory: row} of the measured checkpoints up to it. more: what else the card names.
     """
-    step = steps[-1]
-    rows = {path: public(report.read_row(path)) for path in steps if (path / "metrics.json").exists()}
-    tables = report.trajectory(run, rows, record)[0] if rows else ""
-    if step in rows:
-        write_json(folder / "metrics.json", public(read_json(step / "metrics.json")))
-    else:
-        tables += f"{step.name} was not measured."
     phases = list(map(phase_of, record["phases"]))
-    n = phase_index(phases, record["step"])
-    phase = record["phases"][n]
-    line = {"branch": step.name, "step": record["step"],
-            "tokens_seen": report.tokens_seen(record, record["step"]), "phase": n + 1,
-            **report.phase_position(phases, record["step"]),
-            "bpb_full": report.lookup(rows.get(step), "bpb/full")}
+    n = record["step"]
+    number = phase_index(phases, n)
+    line = {"branch": step.name, "step": n, "tokens_seen": report.tokens_seen(record, n), "phase": number + 1,
+            **report.phase_position(phases, n), "bpb_full": report.lookup(rows.get(step), "bpb/full")}
     for k in range(len(more["poe_stage_layers"])):
         line[f"bpb_s{k}"] = report.lookup(rows.get(step), f"bpb/single/{k}")
+    tables = report.trajectory(run, rows, record)[0] if rows else ""
+    if step not in rows:
+        tables += f"{step.name} was not measured."
+    phase = record["phases"][number]
     card = more | phase | line | {"tables": tables, "data": phase["mix"] or "the embedded sample"}
     (folder / "README.md").write_text(CARD.format(**card))
     return line
@@ -170,11 +166,20 @@ def git(out, *args):
     return subprocess.run(["git", "-C", out, *options, *args], check=True, stdout=subprocess.PIPE).stdout
 
 
+def commit(out, branch):
+    """Make the files in `out` the newest commit of a branch, where they are not that already."""
+    git(out, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
+    git(out, "add", "--all", "--force")
+    if git(out, "status", "--porcelain"):
+        git(out, "commit", "-q", "-m", f"Publish {branch}")
+
+
 def publish(run, out, config):
     """Publish the checkpoints of a run in `out`, a new folder or one that was published from this run."""
     steps = checkpoint_steps(run)
     hashes = [verify_checkpoint(step, skip_optimizer=True)["model.pt"] for step in steps]
-    index = out / ("main/trajectory.csv" if config.folders else "trajectory.csv")
+    main = out / "main" if config.folders else out
+    index = main / "trajectory.csv"
     old = list(csv.DictReader(index.open())) if index.exists() else []
     foreign = [line for line in old if line["checkpoint_sha256"] not in hashes]
     if not steps or foreign or (not old and out.exists() and os.listdir(out)):
@@ -183,32 +188,35 @@ def publish(run, out, config):
     out.mkdir(parents=True, exist_ok=True)
     if not config.folders:
         git(out, "init", "-q")
+    record = read_public(run / "config.json")
+    rows = {}
     lines = []
-    for i, step in enumerate([*steps, steps[-1]]):
-        branch = step.name if i < len(steps) else "main"
-        folder = out / branch if config.folders else out
+    for step, sha256 in zip(steps, hashes):
+        folder = out / step.name if config.folders else out
         folder.mkdir(exist_ok=True)
         for path in filter(Path.is_file, folder.iterdir()):
             path.unlink()
-        record = public(read_json(run / "config.json"))
-        record |= {"step": step_number(step), "state": read_json(step / "state.json")}
         write_tokenizer(step, folder)
-        model_config = write_model(step, record, folder, config.dtype)
-        line = write_card(run, steps[:i + 1], record, folder,
-                          model_config | {"name": out.resolve().name, "license": config.license})
-        if branch == "main":
-            with open(index, "w", newline="") as file:
-                # a dict is its keys: the header
-                csv.writer(file).writerows([lines[0], *map(dict.values, lines)])
-        else:
-            weights = [sha256_of(path) for path in sorted(folder.glob("*.safetensors"))]
-            lines.append(line | {"checkpoint_sha256": hashes[i], "weights_sha256": " ".join(weights)})
+        record |= {"step": step_number(step), "state": read_json(step / "state.json")}
+        more = vars(config) | write_model(step, record, folder, config.dtype)
+        if (step / "metrics.json").exists():
+            metrics = read_public(step / "metrics.json")
+            write_json(folder / "metrics.json", metrics)
+            rows[step] = metrics | {"timings": read_json(step / "timings.json")}
+        line = write_card(run, step, record, rows, folder, more | {"name": out.resolve().name})
+        weights = [sha256_of(path) for path in sorted(folder.glob("*.safetensors"))]
+        lines.append(line | {"checkpoint_sha256": sha256, "weights_sha256": " ".join(weights)})
         if not config.folders:
-            git(out, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
-            git(out, "add", "--all", "--force")
-            if git(out, "status", "--porcelain"):
-                git(out, "commit", "-q", "-m", f"Publish {branch}")
-        print(f"{branch}: bpb {line['bpb_full'] or 'not measured'}", flush=True)
+            commit(out, step.name)
+        print(f"{step.name}: bpb {line['bpb_full'] or 'not measured'}", flush=True)
+    if config.folders:
+        shutil.rmtree(main, ignore_errors=True)
+        shutil.copytree(folder, main, copy_function=os.link)
+    with open(index, "w", newline="") as file:
+        # a dict is its keys: the header
+        csv.writer(file).writerows([lines[0], *map(dict.values, lines)])
+    if not config.folders:
+        commit(out, "main")
     print(PUSH[config.folders].format(out))
 
 
