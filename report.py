@@ -438,15 +438,15 @@ WORDS = """\
   choose otherwise."""
 
 
-def trajectory_text(name, rows, record, reading, picture, warning):
+def trajectory_text(name, rows, record, reading, picture):
     """TRAJECTORY.md: verdict and answers, the words, the card's ten tables, what it lacks. picture: whether
-    there will be one. warning: a line, or "".
+    there will be one.
     """
     K = count_stages(rows[-1])
     settings = rows[-1]["settings"]
     seed = rows[0]["name"]
     return "\n\n".join(filter(None, [
-        f"# Trajectory of {name}", warning,
+        f"# Trajectory of {name}", reading["warning"],
         f"**Verdict: {reading['verdict']}**, of {rows[-1]['name']} against {seed}. A win needs better full "
         f"bpb, one more answer better (WAND bounds and facts apart), and more better than worse; a "
         f"regression the reverse; all else is null.",
@@ -548,18 +548,28 @@ def plot_losses(runs, losses):
     figure.savefig(losses)
 
 
-def trajectory(folder, rows, record, picture=False, warning=""):
+def trajectory(folder, rows, record=None, picture=False):
     """(TRAJECTORY.md's text, reading, rows with their names) of a run's rows {step directory: row}.
 
-    record: RUN/config.json. See `read_trajectory` and `trajectory_text`.
+    record: RUN/config.json, read where it is None. See `read_trajectory` and `trajectory_text`. Raises
+    ValueError where there are no rows, or where they were measured on different slices.
     """
+    slices = {row["settings"]["slice_sha256"] for row in rows.values()}
+    if len(slices) != 1:
+        raise ValueError(f"{folder} must be a run whose steps were measured on one slice of text, not on "
+                         f"{len(slices)}; measure them with python evaluate.py {folder}")
+    record = record or read_json(folder / "config.json")
     phases = list(map(phase_of, record["phases"]))
     seeds = [phase.anchor for phase in phases[1:]]
     # the run may have got a new phase since a step was measured
     rows = [{**row, "name": f"`{path.name}`{' (seed)' if row['step'] in seeds else ''}",
              "phase": phase_position(phases, row["step"])} for path, row in rows.items()]
     reading = read_trajectory(rows, phases)
-    return trajectory_text(folder.resolve().name, rows, record, reading, picture, warning), reading, rows
+    reading["warning"] = ""
+    if lookup(rows[-1], "settings/mix_sha256") != lookup(record, "phases/-1/mix_sha256"):
+        reading["warning"] = "Measured on other data than the run's, by --data: this text may have been " \
+                             "trained on."
+    return trajectory_text(folder.resolve().name, rows, record, reading, picture), reading, rows
 
 
 def write_report(folder, rows=None, as_json=False):
@@ -573,21 +583,13 @@ def write_report(folder, rows=None, as_json=False):
     steps = checkpoint_steps(folder)
     if rows is None:
         rows = {path: read_row(path) for path in steps if (path / "metrics.json").exists()}
-    slices = {row["settings"]["slice_sha256"] for row in rows.values()}
-    if len(slices) != 1:
-        raise ValueError(f"{folder} must be a run whose steps were measured on one slice of text, not on "
-                         f"{len(slices)}; measure them with python evaluate.py {folder}")
-    record = read_json(folder / "config.json")
     # a single checkpoint has no lines to draw
     picture = find_spec("matplotlib") and len(rows) > 1
-    warning = ""
-    if lookup(list(rows.values())[-1], "settings/mix_sha256") != lookup(record, "phases/-1/mix_sha256"):
-        warning = "Measured on other data than the run's, by --data: this text may have been trained on."
-    text, reading, rows = trajectory(folder, rows, record, picture, warning)
+    text, reading, rows = trajectory(folder, rows, picture=picture)
     if as_json:
         print(json.dumps(reading))
     else:
-        print(summary(rows[-1]), warning)
+        print(summary(rows[-1]), reading["warning"])
         if len(rows) > 1:
             print(f"verdict against {rows[0]['name']}: {reading['verdict']}")
             for question, word, reasons in answers(rows, reading):
@@ -596,7 +598,7 @@ def write_report(folder, rows=None, as_json=False):
     write_whole(folder / "TRAJECTORY.md", text.encode())
     remark = "; a picture needs several checkpoints, and pip install matplotlib"
     if picture:
-        phases = list(map(phase_of, record["phases"]))
+        phases = list(map(phase_of, read_json(folder / "config.json")["phases"]))
         plot(rows, phases, folder.resolve().name).savefig(folder / "trajectory.png")
         remark = ", and trajectory.png"
     print(f"wrote {folder / 'TRAJECTORY.md'}, tables of {len(rows)} of {len(steps)} checkpoints{remark}",
