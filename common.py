@@ -223,8 +223,8 @@ def run(main):
     """Call a script's `main()`; end with one clear line and exit code 2 on bad input, quietly on Ctrl-C or a
     closed pipe.
 
-    ValueError and OSError are what wrong flags, files and checkpoints raise here; anything else is our bug
-    and keeps its traceback.
+    ValueError and OSError are what wrong flags, files and checkpoints raise here, ModuleNotFoundError what a
+    missing extra does; anything else is our bug and keeps its traceback.
     """
     name = os.path.basename(sys.argv[0])
     code = 0
@@ -239,10 +239,11 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         code = 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         code = 2
+        remedy = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
         if is_first_rank() or not isinstance(error, SharedError):
-            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{name}: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise

@@ -68,7 +68,7 @@ def reading(what, remedy):
     """Raise ValueError, naming what and remedy, where a file that the block reads is missing or damaged."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as e:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError) as e:
         raise ValueError(f"{what} cannot be read ({e!r}); {remedy}") from None
 
 

@@ -56,11 +56,11 @@ from common import (
 )
 from dataloader import VAL_SEED, open_data, validation_windows
 from model import attention_backends, norm, softcap, stage_bytes
-from report import compare, phase_position, read_row, summary, write_report
+from report import compare, phase_position, read_row, read_tasks, summary, task_table, write_report
 from sample import Engine, Plan, decode_timed, decoding_threads, kernels_fit
 from schedule import phase_of
 
-FORMAT = 2                      # of metrics.json
+FORMAT = 3                      # of metrics.json
 SPLIT_TOKENS = 1_048_576        # the card's slice; an eighth of a slice calibrates
 # (token, vocabulary) pairs of one array held at once: a CPU's cache; 128 MiB in bfloat16
 CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 2 ** 26}
@@ -79,7 +79,7 @@ PROBE = ("The capital of France is", "The chemical symbol of gold is",
          "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
          "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is")
 FACTS = {"Paris": 0, "Au": 1, "79": 1, "2": 6}          # and the number of the prompt
-PLANETS = ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune")
+PLANETS = "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune".split()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,6 +142,16 @@ def token_statistics(logits, targets, full):
     return {name: torch.stack(columns, dim=1) for name, columns in found.items()}
 
 
+def head_statistics(model, stages, targets, full=False, statistics=token_statistics):
+    """`token_statistics` of n positions, a chunk of them at a time. stages: K tensors (n, C), normed."""
+    heads = [model.head_weight(k) for k in range(len(stages))]
+    step = max(1, CHUNK_LOGITS[targets.device.type] // len(heads[0]))
+    chunks = []
+    for y, *x_chunks in zip(targets.split(step), *[x.split(step) for x in stages]):
+        chunks.append(statistics([F.linear(x, head) for x, head in zip(x_chunks, heads)], y, full))
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
 def send(tensor, device):
     """Copy a CPU tensor to a device without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
@@ -161,20 +171,14 @@ def one_pass(model, mix, first, last, tokenizer, batch_size, full, rank=0, world
     windows = np.arange(first + rank, last, world_size)
     device = model.cos.device
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)
-    heads = [model.head_weight(k) for k in range(model.config.n_stage)]
     # a graph that was compiled in an earlier pass is used again
     statistics = torch.compile(token_statistics, dynamic=False) if device.type == "cuda" else token_statistics
-    step = max(1, CHUNK_LOGITS[device.type] // model.config.vocab_size)
     for begin in range(0, len(windows), batch_size):
         rows = windows[begin:begin + batch_size]
         idx, targets = mix.batch(rows)
         y = send(targets, device).flatten()
         stages = [norm(x).flatten(0, 1) for x in model.boundaries(send(idx, device))]       # K x (B T, C)
-        chunks = []
-        for y_chunk, *x_chunks in zip(y.split(step), *[x.split(step) for x in stages]):
-            logits = [F.linear(x, head) for x, head in zip(x_chunks, heads)]
-            chunks.append(statistics(logits, y_chunk, full))
-        columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        columns = head_statistics(model, stages, y, full, statistics)
         columns["bytes"] = token_bytes[y][:, None]
         columns["tokens"] = (columns["bytes"] > 0).double()
         yield rows, columns
@@ -481,17 +485,20 @@ def measure(model, text_slice, batch_size, cap, rank=0, world_size=1, progress=l
     mix = text_slice.mix
     n_calibration = text_slice.n_calibration
     blocks = text_slice.documents % N_BLOCKS
-    sums = {}                   # per block, of every window
+    source = mix.locate(range(text_slice.n_windows))[0]
+    n_sources = len(mix.sources)
+    cells = blocks + N_BLOCKS * source[:, None]
+    sums = {}                   # per cell, a block of a source, of every window
     kept = {}                   # all columns of the calibration part
     exit_sums = {}              # in each resample, of the positions that are reported on
 
     def pass_over(first, last):
         for rows, columns in one_pass(model, mix, first, last, text_slice.tokenizer, batch_size, True, rank,
                                       world_size):
-            block = send(torch.from_numpy(blocks[rows]), device).flatten()
-            accumulate(sums, columns, (F.one_hot(block, N_BLOCKS) * columns["tokens"]).T)
+            cell = send(torch.from_numpy(cells[rows]), device).flatten()
+            accumulate(sums, columns, (F.one_hot(cell, n_sources * N_BLOCKS) * columns["tokens"]).T)
             progress("pass", rows[-1] + 1, text_slice.n_windows)
-            yield rows, columns, block
+            yield rows, columns, cell % N_BLOCKS
 
     for rows, columns, _ in pass_over(0, n_calibration):
         for name, column in columns.items():
@@ -516,20 +523,24 @@ def measure(model, text_slice, batch_size, cap, rank=0, world_size=1, progress=l
             for name, found in exit_statistics(columns, fits_there, counts, cap).items():
                 exit_sums[name] = exit_sums.get(name, 0.0) + found
 
-    metrics = slice_metrics(sum_over_ranks(sums, world_size), blocks)
-    metrics |= {"documents": int(text_slice.documents.max()) + 1, "wand": None, "routing": None}
+    sums = sum_over_ranks(sums, world_size)
+    metrics = slice_metrics(sums, blocks, np.ones(n_sources))
+    metrics |= {"documents": int(text_slice.documents.max()) + 1, "wand": None, "routing": None,
+                "sources": {mix.sources[s].name: slice_metrics(sums, blocks[source == s],
+                                                               np.eye(n_sources)[s])
+                            for s in np.unique(source)}}
     if K > 1:
         metrics |= exit_metrics(sum_over_ranks(exit_sums, world_size), fits, cap, stage_bytes(model))
         metrics["wand"]["tokens"] = int(counted.sum())
     return metrics
 
 
-def slice_metrics(sums, blocks):
-    """`summarize` with standard errors, and the alpha sweep, from sums per block, numpy (G, w).
+def slice_metrics(sums, blocks, shares):
+    """`summarize` with standard errors, and the alpha sweep, from sums per cell, numpy (sources G, w).
 
-    blocks: of every position, any shape.
+    blocks: of every position that counts, any shape. shares: 1 for each source that counts, 0 for the others.
     """
-    weights = block_weights(blocks, 2)
+    weights = np.kron(shares, block_weights(blocks, 2))
     sums = {name: (weights @ value).T for name, value in sums.items()}              # (w, R)
     sweep = np.array([sums["nats_prefix"][-1], *sums["nats_alpha"]])
     names = [f"{alpha:g}" for alpha in (0, *ALPHAS)]
@@ -779,6 +790,7 @@ def print_report(paths, runs, rows, config):
         text = compare([{"name": str(step.parent), "row": row,
                          "record": read_json(step.parent / "config.json"),
                          "log": read_log(step.parent / "log.jsonl")} for step, row in rows.items()])
+        text += "\n\n" + task_table({str(step.parent): read_tasks(step, "full") for step in rows})
     if not config.json:
         print(text)
 

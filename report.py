@@ -1,5 +1,5 @@
 """
-The model card's tables and picture, from what evaluate.py measured; nothing is measured here.
+The model card's tables and picture, from what evaluate.py and tasks.py measured; nothing is measured here.
 
     python report.py runs/tiny          # every measured step of a run: TRAJECTORY.md and trajectory.png in it
     python report.py runs/poe runs/bp --losses losses.png      # training losses and validations of runs
@@ -30,26 +30,16 @@ from schedule import learning_rate, phase_index, phase_of, position
 
 # How a figure is printed and which way is better (-1 lower, +1 higher, 0 neither), by how a name in its path
 # ends, a regular expression; the first that fits.
-FORMS = {
-    "bpb|bpb_old|alpha_sweep|violation_rate": ("{:,.6f}", -1),
-    "crossover_gap": ("{:+,.6f}", 0),
-    "accuracy|acceptance|agreement": ("{:,.4f}", 1),
-    "mean_accepted": ("{:,.2f}", 1),
-    "fraction": ("{:,.2%}", 1),
-    "projected_speedup|compute_multiplier": ("{:,.3f}x", 1),
-    "speedup": ("{:,.2f}x", 1),
-    "rel_it|tokens": ("{:,}", 0),
-    ".*": ("{:,.4f}", 0)}
-
-# The card's "Reading the table", and what else the verdict counts: question and figures, see `spread`.
-QUESTIONS = {
-    "descent": ("1. BPB descent past the seed", "bpb/full"),
-    "stages": ("2. Per-stage refinement, s0 first", "bpb/single/{}"),
-    "accuracy": ("Accuracy", "accuracy/full"),
-    "routing": ("3. Routing margin", "routing/fraction"),
-    "acceptance": ("4. Acceptance of s0's drafts", "speculative/acceptance"),
-    "bounds": ("5. WAND bounds", "wand/p99_bounds/{}"),
-    "old": ("BPB on the data of earlier phases", "train_log_bpb_old/{}/full")}
+FORMS = """\
+bpb|bpb_old|alpha_sweep|violation_rate   {:,.6f}  -1
+crossover_gap                            {:+,.6f}  0
+accuracy|acceptance|agreement            {:,.4f}   1
+mean_accepted                            {:,.2f}   1
+fraction                                 {:,.2%}   1
+projected_speedup|compute_multiplier     {:,.3f}x  1
+speedup                                  {:,.2f}x  1
+rel_it|tokens                            {:,}      0
+.*                                       {:,.4f}   0"""
 
 # The facts that evaluate.py grades, and the card's headers for them.
 FACTS = {
@@ -62,6 +52,18 @@ FACTS = {
 
 # --------------------------------------------------------------------------------------------------
 # Figures and their changes
+
+def titled(text):
+    """{title: {label: path}} of lines of text: a title, then its labels, each with the path of a figure."""
+    found = {}
+    for line in text.splitlines():
+        label, _, path = line.strip().partition(" | ")
+        if not path:
+            labels = found[label] = {}
+        else:
+            labels[label] = path
+    return found
+
 
 def lookup(value, path):
     """The value at a path such as "bpb/single/0" in dicts and lists; None where nothing was measured."""
@@ -84,19 +86,21 @@ def count_stages(row):
 
 
 def spread(row, columns):
-    """Columns {header: path} with one for each entry of a list where the path holds {} for its number: "s{}":
-    "bpb/single/{}" gives "s0": "bpb/single/0" and so on.
+    """Columns {header: path} with one for each entry of a list or dict where the path holds {}, its number,
+    or {2}, the entry: "s{}": "bpb/single/{}" gives "s0": "bpb/single/0" and so on.
 
-    In a header {1} is the number of the next entry and {2} the entry. The prefix of all stages, which is
-    full, is left out.
+    A header may hold {1} too, the number of the next entry. The prefix of all stages, which is full, is left
+    out.
     """
     full = f"bpb/prefix/{count_stages(row) - 1}"
     found = {}
     for header, path in columns.items():
-        owner, many, _ = path.partition("/{}")
+        owner, many, _ = path.partition("/{")
         entries = (lookup(row, owner) or []) if many else [None]
-        found |= {header.format(k, k + 1, entry): path.format(k) for k, entry in enumerate(entries)
-                  if path.format(k) != full}
+        for k, entry in enumerate(entries):
+            place = path.format(k, k + 1, entry)
+            if place != full:
+                found[header.format(k, k + 1, entry)] = place
     return found
 
 
@@ -125,7 +129,9 @@ def stderr_of_change(path, row, base):
 
 def form_of(path):
     """(how a figure is printed, which way is better), see `FORMS`."""
-    return next(form for names, form in FORMS.items() if re.search(f"({names})(/|$)", path))
+    for names, form, better in map(str.split, FORMS.splitlines()):
+        if re.search(f"({names})(/|$)", path):
+            return form, int(better)
 
 
 def change(path, row, base):
@@ -184,52 +190,79 @@ def shown_change(found, error=False):
 # --------------------------------------------------------------------------------------------------
 # Tables
 
-def tables(row):
-    """All tables of numbers, {title: {header: path}}, for rows with as many stages as `row`.
+# The tables of numbers: titles, and below each the headers of its columns and what they show, see `spread`.
+# The first seven are the card's; the others hold what its protocol lacks.
+TABLES = """\
+Per-checkpoint val BPB{text}
+    Phase rel_it | phase/rel_it
+    Training-log val BPB | train_log_bpb/full
+    Training-log val BPB on earlier data, {{2[mix]}} | train_log_bpb_old/{{}}/full
+    Local-slice full K={K} BPB | bpb/full
+Per-stage BPB
+    full K={K} | bpb/full
+    single s{{}} | bpb/single/{{}}
+    prefix K'={{1}} | bpb/prefix/{{}}
+Per-stage standalone target accuracy
+    s{{}} | accuracy/single/{{}}
+    full | accuracy/full
+Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)
+    acceptance α | speculative/acceptance
+    mean accepted / 4 | speculative/mean_accepted
+    end-to-end speedup | timings/speculative/speedup
+Confidence-aware routing (target_regression cap = {cap})
+    fraction routed to stage 0 | routing/fraction
+    projected speedup | routing/projected_speedup
+    base s0=full agreement | routing/base_agreement
+WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)
+    bound {{}} → {{}} | wand/p99_bounds/{{}}
+Bayesian PoE α-sweep (renormed BPB at α=0)
+    α=0 (geom-mean) | alpha_sweep/0
+    α=0.25 | alpha_sweep/0.25
+    α=0.5 (Bayesian √K) | alpha_sweep/0.5
+    α=0.75 | alpha_sweep/0.75
+    α=1.0 (pure sum / Log-OP) | alpha_sweep/1
+    crossover gap (α=0 vs single s{last}) | crossover_gap
+Self-speculative decoding, the card's 7 prompts
+    acceptance, 7 prompts | speculative/card_prompts/acceptance
+    mean accepted / 4, 7 prompts | speculative/card_prompts/mean_accepted
+Adaptive depth, on other text than calibrated it
+    positions | wand/report_tokens
+    exceedance {{}} → {{}} | wand/exceedance/{{}}
+    p99 exits s{{}} | wand/exit_fraction/{{}}
+    p99 violations | wand/violation_rate
+    p99 agreement | wand/agreement
+    p99 speedup | wand/projected_speedup
+    margin exits s{{}} | wand/margin/exit_fraction/{{}}
+    margin cap | wand/margin/cap
+    margin violations | wand/margin/violation_rate
+    margin agreement | wand/margin/agreement
+    margin speedup | wand/margin/projected_speedup
+Routing, on other text than calibrated it
+    threshold | routing/threshold
+    oracle fraction | routing/oracle_fraction
+    agreement of the routed | routing/agreement
+    mean cost of the routed, nats (cap {cap}) | routing/mean_cost
+BPB by source of the mix, full K={K}
+    {{2}} | sources/{{2}}/bpb/full
+BPB by source of the mix, s0
+    {{2}} | sources/{{2}}/bpb/single/0
+BPB by source of the mix, s1
+    {{2}} | sources/{{2}}/bpb/single/1
+BPB by source of the mix, s2
+    {{2}} | sources/{{2}}/bpb/single/2
+BPB by source of the mix, s3
+    {{2}} | sources/{{2}}/bpb/single/3
+BPB by source of the mix, s{last}
+    {{2}} | sources/{{2}}/bpb/single/{last}"""
 
-    The first seven are the card's; the others hold what its protocol lacks.
-    """
+
+def tables(row):
+    """All tables of numbers, {title: {header: path}}, for rows with as many stages as `row`."""
     K = count_stages(row)
-    cap = shown_figure("routing/cap", row)
     data = lookup(row, "settings/data")
-    found = {
-        f"Per-checkpoint val BPB{f' (local slice: text of {data})' if data else ''}": {
-            "Phase rel_it": "phase/rel_it", "Training-log val BPB": "train_log_bpb/full",
-            "Training-log val BPB on earlier data, {2[mix]}": "train_log_bpb_old/{}/full",
-            f"Local-slice full K={K} BPB": "bpb/full"},
-        "Per-stage BPB": {
-            f"full K={K}": "bpb/full", "single s{}": "bpb/single/{}", "prefix K'={1}": "bpb/prefix/{}"},
-        "Per-stage standalone target accuracy": {"s{}": "accuracy/single/{}", "full": "accuracy/full"},
-        f"Self-speculative decoding (m=4 stage-0 draft, full K={K} verify)": {
-            "acceptance α": "speculative/acceptance", "mean accepted / 4": "speculative/mean_accepted",
-            "end-to-end speedup": "timings/speculative/speedup"},
-        f"Confidence-aware routing (target_regression cap = {cap})": {
-            "fraction routed to stage 0": "routing/fraction",
-            "projected speedup": "routing/projected_speedup",
-            "base s0=full agreement": "routing/base_agreement"},
-        "WAND p99 bounds (cumulative-PoE delta range, constant-shift invariant)": {
-            "bound {} → {}": "wand/p99_bounds/{}"},
-        "Bayesian PoE α-sweep (renormed BPB at α=0)": {
-            "α=0 (geom-mean)": "alpha_sweep/0", "α=0.25": "alpha_sweep/0.25",
-            "α=0.5 (Bayesian √K)": "alpha_sweep/0.5", "α=0.75": "alpha_sweep/0.75",
-            "α=1.0 (pure sum / Log-OP)": "alpha_sweep/1",
-            f"crossover gap (α=0 vs single s{K - 1})": "crossover_gap"},
-        "Self-speculative decoding, the card's 7 prompts": {
-            "acceptance, 7 prompts": "speculative/card_prompts/acceptance",
-            "mean accepted / 4, 7 prompts": "speculative/card_prompts/mean_accepted"},
-        "Adaptive depth, on other text than calibrated it": {
-            "positions": "wand/report_tokens", "exceedance {} → {}": "wand/exceedance/{}",
-            "p99 exits s{}": "wand/exit_fraction/{}",
-            "p99 violations": "wand/violation_rate", "p99 agreement": "wand/agreement",
-            "p99 speedup": "wand/projected_speedup", "margin exits s{}": "wand/margin/exit_fraction/{}",
-            "margin cap": "wand/margin/cap", "margin violations": "wand/margin/violation_rate",
-            "margin agreement": "wand/margin/agreement",
-            "margin speedup": "wand/margin/projected_speedup"},
-        "Routing, on other text than calibrated it": {
-            "threshold": "routing/threshold", "oracle fraction": "routing/oracle_fraction",
-            "agreement of the routed": "routing/agreement",
-            f"mean cost of the routed, nats (cap {cap})": "routing/mean_cost"}}
-    return {title: spread(row, columns) for title, columns in found.items()}
+    text = TABLES.format(K=K, last=K - 1, cap=shown_figure("routing/cap", row),
+                         text=f" (local slice: text of {data})" if data else "")
+    return {title: spread(row, columns) for title, columns in titled(text).items()}
 
 
 def markdown(header, rows, text=False):
@@ -266,6 +299,24 @@ def tables_text(rows):
 # --------------------------------------------------------------------------------------------------
 # The trajectory of a run
 
+# The card's "Reading the table", and what else the verdict counts: question and figures, see `spread`.
+QUESTIONS = titled("""\
+descent
+    1. BPB descent past the seed | bpb/full
+stages
+    2. Per-stage refinement, s0 first | bpb/single/{}
+accuracy
+    Accuracy | accuracy/full
+routing
+    3. Routing margin | routing/fraction
+acceptance
+    4. Acceptance of s0's drafts | speculative/acceptance
+bounds
+    5. WAND bounds | wand/p99_bounds/{}
+old
+    BPB on the data of earlier phases | train_log_bpb_old/{}/full""")
+
+
 def phase_position(phases, step):
     """metrics.json's `phase`: where a step stands in the phase that it belongs to."""
     phase = phases[phase_index(phases, step)]
@@ -282,16 +333,18 @@ def records(rows, path):
 
 
 def correct(changes):
-    """Call noise what is within so many standard errors that noise alone moves any of the `changes` beyond
-    them as seldom as it moves one beyond two (Bonferroni). Changes without a better way, as of bounds, decide
-    nothing and are not counted.
+    """Call noise what noise may well have made, so that it moves any of the `changes` further as seldom as it
+    moves one beyond two standard errors (Holm). Changes without a better way, as of bounds, decide nothing
+    and are not counted.
     """
     tested = [found for found in changes if found and found["stderr"] and form_of(found["figure"])[1]]
-    # 2.28 % of a normal distribution lie above two standard errors
-    limit = NormalDist().inv_cdf(1 - 0.0228 / max(1, len(tested)))
-    for found in tested:
+    tested.sort(key=lambda found: abs(found["change"]) / found["stderr"])
+    for rank, found in enumerate(tested, 1):
+        # 2.28 % of a normal distribution lie above two standard errors
+        limit = NormalDist().inv_cdf(1 - 0.0228 / rank)
         if abs(found["change"]) <= limit * found["stderr"]:
-            found["judged"] = "noise"
+            for smaller in tested[:rank]:
+                smaller["judged"] = "noise"
 
 
 def answer(changes):
@@ -323,7 +376,7 @@ def read_trajectory(rows, phases):
                                                  if row["bpb"]["full"] < rows[0]["bpb"]["full"]]}
     reference = rows[0] if len(rows) > 1 else None
     questions = {name: [change(one, last, reference) for one in spread(last, {"{}": path}).values()]
-                 for name, (_, path) in QUESTIONS.items()}
+                 for name, question in QUESTIONS.items() for path in question.values()}
     if count_stages(last) == 1:
         # the only stage is full
         questions["stages"] = []
@@ -355,7 +408,7 @@ def answers(rows, reading):
     texts.
     """
     lines = []
-    for name, (question, _) in QUESTIONS.items():
+    for name, (question,) in QUESTIONS.items():
         changes = reading["questions"][name]
         if changes or name != "old":
             reasons = ", ".join(shown_change(found, error=True) for found in changes)
@@ -371,13 +424,22 @@ def answers(rows, reading):
 
 
 # The main figures of a checkpoint, for the terminal.
-SUMMARY = {
-    "bpb": {"full": "bpb/full", "s{}": "bpb/single/{}"},
-    "accuracy": {"full": "accuracy/full", "s{}": "accuracy/single/{}"},
-    "speculation": {"acceptance": "speculative/acceptance", "speedup": "timings/speculative/speedup"},
-    "WAND, margins": {
-        "leave after s0": "wand/margin/exit_fraction/0", "agreement with full": "wand/margin/agreement"},
-    "routing": {"to s0": "routing/fraction", "agreement with full": "routing/agreement"}}
+SUMMARY = titled("""\
+bpb
+    full | bpb/full
+    s{} | bpb/single/{}
+accuracy
+    full | accuracy/full
+    s{} | accuracy/single/{}
+speculation
+    acceptance | speculative/acceptance
+    speedup | timings/speculative/speedup
+WAND, margins
+    leave after s0 | wand/margin/exit_fraction/0
+    agreement with full | wand/margin/agreement
+routing
+    to s0 | routing/fraction
+    agreement with full | routing/agreement""")
 
 
 def summary(row):
@@ -401,9 +463,9 @@ def schedule_table(record):
     phases = record["phases"][::-1]
     T = record["model"]["sequence_len"]
     lines = [["token budget", *(f"{row['num_steps'] * row['batch'] * T:,}" for row in phases)]]
-    for name in ("num_steps", "warmup_steps", "peak_lrm", "warmdown_ratio", "final_lrm", "anchor_step"):
+    for name in "num_steps warmup_steps peak_lrm warmdown_ratio final_lrm anchor_step".split():
         lines.append([f"`{name}`", *(f"{row[name]:,}" for row in phases)])
-    for name in ("matrix_lr", "embedding_lr", "unembedding_lr"):
+    for name in "matrix_lr embedding_lr unembedding_lr".split():
         lines.append([f"effective `{name}` peak", *(f"{row[name] * row['peak_lrm']:g}" for row in phases)])
     return markdown(["param", *(f"phase {n}" for n in range(len(phases), 0, -1))], lines)
 
@@ -474,15 +536,22 @@ def trajectory_text(name, rows, record, reading, picture):
 LOOKS = "o-C0 s--C1 D-.C2 ^:C3 v-C4 P--C5 X-.C6 *:C7".split() * 9
 
 # What trajectory.png shows.
-PANELS = {
-    "bits per byte": {
-        "full": "bpb/full", "s{}": "bpb/single/{}", "full, training log": "train_log_bpb/full",
-        "earlier data {1}, training log": "train_log_bpb_old/{}/full"},
-    "top-1 accuracy": {"full": "accuracy/full", "s{}": "accuracy/single/{}"},
-    "s0 as a draft, shares": {
-        "drafts accepted": "speculative/acceptance", "s0 = full": "routing/base_agreement"},
-    "routing": {"share routed to s0": "routing/fraction"},
-    "WAND p99 bounds, nats": {"bound {} → {}": "wand/p99_bounds/{}"}}
+PANELS = titled("""\
+bits per byte
+    full | bpb/full
+    s{} | bpb/single/{}
+    full, training log | train_log_bpb/full
+    earlier data {1}, training log | train_log_bpb_old/{}/full
+top-1 accuracy
+    full | accuracy/full
+    s{} | accuracy/single/{}
+s0 as a draft, shares
+    drafts accepted | speculative/acceptance
+    s0 = full | routing/base_agreement
+routing
+    share routed to s0 | routing/fraction
+WAND p99 bounds, nats
+    bound {} → {} | wand/p99_bounds/{}""")
 
 
 def behind(axis):
@@ -607,6 +676,53 @@ def write_report(folder, rows=None, as_json=False):
 
 
 # --------------------------------------------------------------------------------------------------
+# Tasks
+
+def read_tasks(step, head):
+    """{task: figures of a head} of a step directory's tasks.json, {} without one. A task's name here tells
+    its variant, its questions (their sha256) and what accuracy divides by.
+    """
+    path = step / "tasks.json"
+    entries = read_json(path) if path.exists() else {}
+    return {f"{task} {entry['variant']}, {entry['requests_sha256'][:6]}, {entry['normalisation']}":
+            entry["heads"][head] for task, entry in entries.items()}
+
+
+TASK_WORDS = """\
+The first column has values ± standard errors, found by resampling questions; the others have their changes
+against it. ≈ is noise, by Holm's correction over the column. gold_bpb: bits per byte of the right
+continuation, lower is better. accuracy: how often it is the likeliest, by its nats divided as the end of the
+task's name says."""
+
+
+def task_table(columns):
+    """Figures of tasks as Markdown, a line for each task that all columns have and one for their mean: the
+    first column's value and standard error, then the others' changes against it, see `correct`.
+    columns: {name: {task: figures}}.
+    """
+    first, *others = columns.values()
+    lines = []
+    for name in ("gold_bpb", "accuracy"):
+        rows = {}
+        for task, figures in first.items():
+            changes = [change(name, column.get(task), figures) for column in others]
+            if name in figures and None not in changes:
+                rows[task] = [change(name, figures, dict.fromkeys(figures, 0)), *changes]
+        # tasks are independent of each other
+        rows["mean"] = [
+            {"figure": name, "judged": "", "change": np.mean([found["change"] for found in column]),
+             "stderr": np.linalg.norm([found["stderr"] or 0 for found in column]) / len(column)}
+            for column in zip(*rows.values())]
+        for column in zip(*rows.values()):
+            correct(column)
+        for task, row in rows.items():
+            cells = [shown_change(found, error=True) for found in row]
+            if cells:
+                lines.append([f"{task}: {name}", cells[0].lstrip("+"), *cells[1:]])
+    return f"### Tasks\n\n{TASK_WORDS}\n\n{markdown(['Task', *columns], lines)}" if lines else ""
+
+
+# --------------------------------------------------------------------------------------------------
 # Runs side by side
 
 def tokens_seen(record, step):
@@ -665,10 +781,14 @@ def compare(runs):
     """
     first = runs[0]
     deepest = max((run["row"] for run in runs), key=count_stages)
-    columns = spread(deepest, {
-        "bpb full": "bpb/full", "bpb s{}": "bpb/single/{}", "accuracy full": "accuracy/full",
-        "accuracy, last stage": "accuracy/single/-1", "s0 = full": "routing/base_agreement",
-        "acceptance α": "speculative/acceptance"})
+    columns = spread(deepest, *titled("""\
+Final checkpoints
+    bpb full | bpb/full
+    bpb s{} | bpb/single/{}
+    accuracy full | accuracy/full
+    accuracy, last stage | accuracy/single/-1
+    s0 = full | routing/base_agreement
+    acceptance α | speculative/acceptance""").values())
     lines = []
     for one in runs:
         row = one["row"]

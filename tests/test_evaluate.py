@@ -28,7 +28,7 @@ from checkpoint import (
 )
 from common import sha256_of, write_whole
 from dataloader import Mix, Source, Tokenizer, open_data
-from evaluate import Slice, fit_threshold, measure, score, slice_text, summarize
+from evaluate import Slice, fit_threshold, measure, score, slice_metrics, slice_text, summarize
 from model import PRESETS, PoE, stage_bytes
 from report import change, lookup, stderr_path
 from sample import Engine, Plan, decode_timed
@@ -110,18 +110,25 @@ def twin(model, mix, n_windows, n_calibration):
     q = np.exp(np.cumsum(np.log(p), axis=1) / np.arange(1, K + 1)[:, None])
     q /= q.sum(-1, keepdims=True)
 
-    def bpb(of):
+    def bits(of):
         # every counted token is one byte
-        return -np.log2(np.take_along_axis(of, y[:, None, None], 2)).mean(0)[:, 0]
+        return -np.log2(np.take_along_axis(of, y[:, None, None], 2))[..., 0]
+
+    def bpb(here):
+        single, prefix = (bits(of)[here].mean(0) for of in (p, q))
+        return {"full": prefix[-1], "single": single, "prefix": prefix}
 
     # of K = 3
     alphas = {name: np.prod(p, axis=1, keepdims=True) ** (3 ** float(name) / 3)
               for name in ("0", "0.25", "0.5", "0.75", "1")}
-    single, prefix = map(bpb, (p, q))
+    whole = bpb(y >= 0)
     hits, hits_full = ((of.argmax(-1) == y[:, None]).mean(0) for of in (p, q))
-    figures = {"tokens": N, "bytes": N, "bpb": {"full": prefix[-1], "single": single, "prefix": prefix},
-               "accuracy": {"full": hits_full[-1], "single": hits}, "crossover_gap": prefix[-1] - single[-1],
-               "alpha_sweep": {name: bpb(of / of.sum(-1, keepdims=True))[0] for name, of in alphas.items()}}
+    figures = {"tokens": N, "bytes": N, "bpb": whole, "accuracy": {"full": hits_full[-1], "single": hits},
+               "crossover_gap": whole["full"] - whole["single"][-1],
+               "alpha_sweep": {name: bits(of / of.sum(-1, keepdims=True)).mean()
+                               for name, of in alphas.items()},
+               "sources": {name: {"bytes": here.sum(), "bpb": bpb(here)}
+                           for name, here in (("a", documents < 1000), ("b", documents >= 1000))}}
 
     ranges = np.ptp(np.diff(np.log(q), axis=1), axis=-1)
     second, first = np.moveaxis(np.sort(np.log(q), axis=-1)[..., -2:], -1, 0)
@@ -207,6 +214,17 @@ def test_no_figure_depends_on_batch_or_chunk_size_and_the_light_pass_gives_the_s
     assert_equal(metrics, measure(model, part, 13, CAP), rel=1e-11)
     light = score(model, part.mix, 50, part.tokenizer, batch_size=3)
     assert_equal(metrics, summarize(light), rel=1e-12)
+
+
+def test_a_sources_figures_and_errors_are_those_of_a_slice_that_holds_it_alone():
+    draw = np.random.Generator(np.random.PCG64(1))
+    names = ("tokens", "bytes", "nats_single", "nats_prefix", "hits_single", "hits_prefix", "nats_alpha")
+    sums = {name: draw.random((3 * evaluate.N_BLOCKS, 4)) for name in names}
+    of_last = {name: value[-evaluate.N_BLOCKS:] for name, value in sums.items()}
+    blocks = np.arange(97)
+    assert_equal(slice_metrics(sums, blocks, [0, 0, 1]), slice_metrics(of_last, blocks, [1]))
+    # of a single block of documents errors are not known
+    assert slice_metrics(sums, [7], [0, 0, 1])["bpb"]["full_stderr"] is None
 
 
 def test_one_stage_has_no_adaptive_figures_and_no_gap():
@@ -481,9 +499,14 @@ def test_runs_are_compared_at_their_last_steps_and_refused_before_measuring_wher
 ):
     other = shutil.copytree(run, tmp_path / "other")
     shutil.rmtree(other / "step-00006")
+    entry = {"variant": "rc", "requests_sha256": "abcdefgh", "normalisation": "acc_raw",
+             "heads": {"full": {"gold_bpb": 2.0, "gold_bpb_stderr": 0.1}}}
+    for step in (run / "step-00006", other / "step-00003"):
+        write_json(step / "tasks.json", {"quiz": entry})
     evaluate.main([str(run), str(other), *ARGUMENTS])
     out = capsys.readouterr().out
     assert f"| {run} | 6 |" in out and f"| {other} | 3 |" in out
+    assert "| quiz rc, abcdef, acc_raw: gold_bpb | 2.000000 ± 0.100000 | +0.000000≈ ± 0.141421 |" in out
     record = read_json(other / "config.json")
     record["model"]["sequence_len"] = 8
     write_json(other / "config.json", record)

@@ -14,7 +14,7 @@ import pytest
 
 import report
 from model import ModelConfig, flops_per_token
-from report import change, compare, compute_multiplier, correct, read_trajectory, write_report
+from report import change, compare, compute_multiplier, correct, read_trajectory, task_table, write_report
 from schedule import phase_of
 
 PHASE = {"batch": 384, "mix": "frontier_v1", "mix_sha256": "m", "warmup_steps": 1000, "matrix_lr": 0.015,
@@ -101,14 +101,16 @@ def test_errors_of_changes_are_paired_by_resample_or_add_in_quadrature():
 
 
 def test_of_several_changes_those_count_that_noise_would_not_make():
-    # 3 tests at 0.0456 together: 2.43 standard errors
+    # the largest of 3 counts beyond 2.43 standard errors, then the next beyond 2.28, the last beyond 2
     bound = {"figure": "wand/p99_bounds/0", "change": 2.1, "stderr": 1.0, "judged": "wider"}
 
     def judged(*sizes):
         changes = [{"figure": "bpb", "change": size, "stderr": 1.0, "judged": "worse"} for size in sizes]
         correct([None, *changes, bound])
         return [found["judged"] for found in changes]
-    assert judged(2.42, -2.45, 2.3) == ["noise", "worse", "noise"] and judged(2.01) == ["worse"]
+    assert judged(2.42, -2.42, 2.3) == ["noise"] * 3 and judged(2.01) == ["worse"]
+    assert judged(2.2, -2.45, 2.2) == ["noise", "worse", "noise"]
+    assert judged(2.01, -2.45, 2.3) == ["worse"] * 3
 
 
 def test_the_prefix_of_all_stages_has_no_column_beside_full():
@@ -193,7 +195,7 @@ def reading_of(full, remaining=2000, old=(), **last):
 
 
 def test_the_verdict_takes_full_bpb_beyond_noise_and_one_more():
-    # 2.1 of two changes each is noise by Bonferroni's correction
+    # 2.1 of two changes each is noise by Holm's correction
     for full, accuracy, verdict in ((1.9, 3, "null"), (2.5, 3, "win"), (-2.5, 3, "null"),
                                     (-2.5, -3, "regression"), (2.1, 2.1, "null")):
         last = {"accuracy": {"full": 0.4 + 0.01 * accuracy, "full_stderr": 0.01}}
@@ -290,3 +292,15 @@ def test_runs_stand_in_one_table_with_gaps_multipliers_and_who_wins():
     assert lines[1].endswith("| 0.500x |")
     assert lines[2] == ("| bp | 110,000 | 5,500,000 | 0.676800 (-15.40%) "
                         "| 0.676800 | — | — | — | 0.5000 (+10.79%) | 0.5000 | — | — | — |")
+
+
+def test_tasks_that_all_have_are_compared_pair_by_pair():
+    def head(value, resamples):
+        return {"gold_bpb": value, "gold_bpb_stderr": 0.3, "resamples": {"gold_bpb": resamples}}
+    poe = {"a": head(2, "1 2 3"), "b": head(4, "4 5 6"), "c": head(1, "1 2 3")}
+    bp = {"a": head(2.5, "1.5 2.6 3.7"), "b": head(4.1, "4.5 5.6 6.7")}
+    assert task_table({"poe": poe, "bp": bp}).splitlines()[-3:] == [
+        "| a: gold_bpb | 2.000000 ± 0.300000 | +0.500000 ± 0.100000 |",
+        "| b: gold_bpb | 4.000000 ± 0.300000 | +0.100000≈ ± 0.100000 |",
+        "| mean: gold_bpb | 3.000000 ± 0.212132 | +0.300000 ± 0.070711 |"]
+    assert task_table({"poe": poe, "bp": {}}) == ""
