@@ -337,18 +337,20 @@ class DecodeBench(Bench):
     preset: str = flag(None, "instead of a checkpoint: random weights in this shape", choices=tuple(PRESETS))
     max_new_tokens: int = flag(None, "tokens after each prompt (default: 256, as far as the context "
                                      "goes)", low=1)
+    draft_weights: str = flag(None, "what stage 0 drafts by (default: int8 where kernels decode)",
+                              choices=("int8", "same"))
     acceptance: float = flag(0.985, "share of drafts accepted, for tokens/s by the time of a "
                                     "cycle", low=0, high=1)
 
 
-def mode_plans(model_config, calibration):
+def mode_plans(model_config, calibration, draft_weights):
     """{name: Plan} of all that can be measured. calibration: a checkpoint's, for `make_plan`, or {}."""
     K = model_config.n_stage
     plans = {"full": Plan(range(K))}
     if K == 1:
         return plans
     plans["s0 alone"] = Plan(range(1))
-    plans |= {f"speculative {m}": Plan(range(K), draft_len=m) for m in DRAFT_LENGTHS}
+    plans |= {f"speculative {m}": Plan(range(K), m, draft_weights) for m in DRAFT_LENGTHS}
     if calibration:
         calibrated = partial(make_plan, model_config, **calibration)
         plans["wand"] = calibrated("wand")
@@ -402,7 +404,7 @@ def bench_decode(checkpoint, **given):
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     n_new = count_new_tokens(model.config, prompts, config.max_new_tokens, default=256)
     context = [tokenizer.bos] * (model.config.sequence_len // 4)
-    plans = mode_plans(model.config, calibration)
+    plans = mode_plans(model.config, calibration, config.draft_weights)
     text_measures = {}
     cycle_measures = {}
     for name, plan in plans.items():
@@ -430,6 +432,8 @@ def bench_decode(checkpoint, **given):
             n_tokens = sum(config.acceptance ** n for n in range(plan.draft_len + 1))
             row["cycle_ms"] = 1e3 * cycle
             row["tokens_per_s_at_acceptance"] = n_tokens / cycle
+            row["speedup_at_acceptance"] = median(
+                n_tokens * full / ours for full, ours in zip(cycles["full"], cycles[name]))
         rows.append(row)
     print_result(rows, config, device, dtype, checkpoint=checkpoint, max_new_tokens=n_new, modes=rows)
 

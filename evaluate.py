@@ -596,14 +596,15 @@ def acceptance(drafted):
             **ratios(cycles, mean_accepted=accepted)}
 
 
-def speculation(plain, drafted, n_documents):
+def speculation(plain, drafted, n_documents, draft_weights):
     """Self-speculative decoding against plain decoding of the same: (metrics, timings).
 
     plain, drafted: the `Run` of each prompt, of `n_documents` documents and then of the card's 7 prompts,
-    whose acceptance is card_prompts.
+    whose acceptance is card_prompts. draft_weights: what stage 0 drafted by, "int8" or the "same".
     """
     metrics = {
-        "draft_len": DRAFT_LEN, "prompts": n_documents, **acceptance(drafted[:n_documents]),
+        "draft_len": DRAFT_LEN, "draft_weights": draft_weights, "prompts": n_documents,
+        **acceptance(drafted[:n_documents]),
         "card_prompts": acceptance(drafted[n_documents:]),
         "identical_to_plain": all(ours.ids[:len(theirs.ids)] == theirs.ids
                                   for ours, theirs in zip(drafted, plain))}
@@ -643,7 +644,10 @@ def generate_texts(model, text_slice, n_prompts, fast, progress=lambda *_: None)
         end = [*text.ids, tokenizer.bos].index(tokenizer.bos)
         completions.append(tokenizer.decode(text.ids[:end]))
     samples, facts = probe(completions)
-    speculative, timings = speculation(*texts, len(documents)) if documents else (None, None)
+    speculative = timings = None
+    if documents:
+        draft_weights = "int8" if engines[1].drafter else "same"
+        speculative, timings = speculation(*texts, len(documents), draft_weights)
     return {"speculative": speculative, "samples": samples, "facts": facts}, timings
 
 

@@ -14,6 +14,9 @@ first kernel to its last; `advance` moves the stage's own.
     one batch row:  T = 16, 32, 48 or 64 (1 to 4 tiles, which read the weights together); row r is position t
     several:        T = 1 and one tile; row r is batch row r
 
+Drafts need no exact products, since all stages judge them by tiles. So stage 0 drafts by weights of one byte,
+one position at a time, which needs no tensor cores: `draft_matvec` in place of `skinny_matmul`.
+
 Layouts. Activations inside a stage lie by row, (rows, width). What outlives a pass lies by place: the
 boundary activations of a stage, the tokens and the cache have `S` slots a batch row, and a row's place is b *
 S + position.
@@ -40,7 +43,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model import QK_SCALE, SOFTCAP
 
-CHUNK = 32              # cache slots that one program of `attend` reads
+CHUNK = 64              # cache slots that one program of `attend` reads
+PART = 16               # chunks that `add_chunks` reads at once
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
@@ -87,9 +91,23 @@ def enter_stage(tokens, embedding, before, x0, out, out_squares, begin, end, a, 
 
 
 @triton.jit
+def finish(y, residual, first, a, b, dtype: tl.constexpr, RELU2: tl.constexpr, CAP: tl.constexpr):
+    """f of `skinny_matmul`, from RELU2 to x0. residual, first: of the same places, or None."""
+    if RELU2:
+        y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
+    if CAP > 0:
+        y = CAP - 2 * CAP / (tl.exp(y * (2 / CAP)) + 1.0)                   # CAP tanh(y / CAP)
+    if residual is not None:
+        y += residual.to(tl.float32)
+    if first is not None:
+        y = a * y.to(dtype).to(tl.float32) + b * first.to(tl.float32)
+    return y
+
+
+@triton.jit
 def skinny_matmul(x, weight, out, x_squares, residual, x0, out_sums, begin, end, a, b, S, N,
                   K: tl.constexpr, T, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  SPLIT: tl.constexpr, PREFETCH: tl.constexpr, PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
+                  SPLIT: tl.constexpr, PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
                   RELU2: tl.constexpr, CAP: tl.constexpr, OUT_PLACED: tl.constexpr):
     """out = f(x @ weight.T) for a tile of ROWS rows and BLOCK_N columns. x (rows, K); weight (N, K); out
     (rows, N).
@@ -110,17 +128,26 @@ def skinny_matmul(x, weight, out, x_squares, residual, x0, out_sums, begin, end,
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     gdc_launch_dependents()
-    live, place = live_rows(begin, end, r, S, T)
-    # no live rows in this tile: an earlier draft was rejected
-    if tl.max(live.to(tl.int32), axis=0) == 0:
-        gdc_wait()
-        return
-
-    # ask for the first weights, in lines of 128 bytes, while the kernel before this one still runs
-    lines = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + (tl.arange(0, PREFETCH) * 64)[None, :]
+    # ask for the first weights, 8 lines of 128 bytes a row, while the kernel before this one still runs
+    lines = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + (tl.arange(0, 8) * 64)[None, :]
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32,
                               is_pure=False, pack=1)
+    live, place = live_rows(begin, end, r, S, T)
     gdc_wait()
+    # no live rows in this tile: an earlier draft was rejected
+    if tl.max(live.to(tl.int32), axis=0) == 0:
+        return
+
+    # what f will need
+    mask = live[:, None] & (n < N)[None, :]
+    by_row = r[:, None] * N + n[None, :]
+    by_place = tl.where(live, place, 0)[:, None] * N + n[None, :]
+    if x_squares is not None:
+        squares = tl.load(x_squares + r[:, None] * PARTS + tl.arange(0, PARTS)[None, :])
+    if residual is not None:
+        residual = tl.load(residual + by_row, mask=mask, other=0.0)
+    if x0 is not None:
+        x0 = tl.load(x0 + by_place, mask=mask, other=0.0)
 
     # the product, in float32
     x += tl.where(live, place if CAP > 0 else r, 0) * K                    # (ROWS,) pointers
@@ -145,21 +172,9 @@ def skinny_matmul(x, weight, out, x_squares, residual, x0, out_sums, begin, end,
         y = tl.trans(acc)
 
     # f
-    mask = live[:, None] & (n < N)[None, :]
-    by_row = r[:, None] * N + n[None, :]
-    by_place = tl.where(live, place, 0)[:, None] * N + n[None, :]
     if x_squares is not None:
-        total = tl.sum(tl.load(x_squares + r[:, None] * PARTS + tl.arange(0, PARTS)[None, :]), axis=1)
-        y *= tl.rsqrt(total / K + EPS)[:, None]
-    if RELU2:
-        y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
-    if CAP > 0:
-        y = CAP - 2 * CAP / (tl.exp(y * (2 / CAP)) + 1.0)                   # CAP tanh(y / CAP)
-    if residual is not None:
-        y += tl.load(residual + by_row, mask=mask, other=0.0).to(tl.float32)
-    if x0 is not None:
-        first = tl.load(x0 + by_place, mask=mask, other=0.0).to(tl.float32)
-        y = a * y.to(out.dtype.element_ty).to(tl.float32) + b * first
+        y *= tl.rsqrt(tl.sum(squares, axis=1) / K + EPS)[:, None]
+    y = finish(y, residual, x0, a, b, out.dtype.element_ty, RELU2, CAP)
     if CAP > 0:
         tl.store(out_sums + r * OUT_PARTS + block, tl.sum(tl.where(mask, tl.exp(y), 0.0), axis=1))
     elif out_sums is not None:
@@ -167,6 +182,55 @@ def skinny_matmul(x, weight, out, x_squares, residual, x0, out_sums, begin, end,
         y = tl.where(mask, y, 0.0).to(out.dtype.element_ty).to(tl.float32)
         tl.store(out_sums + r * OUT_PARTS + block, tl.sum(y * y, axis=1))
     tl.store(out + (by_place if OUT_PLACED else by_row), y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def draft_matvec(x, weight, scales, out, residual, x0, begin, a, b, N, K: tl.constexpr, SLOTS: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, RELU2: tl.constexpr,
+                 CAP: tl.constexpr, OUT_PLACED: tl.constexpr):
+    """As `skinny_matmul`, for drafts: the next position of one row alone, and weights of one byte.
+
+    weight: int8 (N, K), whose rows are to be multiplied by scales (N, 1). NORM: RMS-normalise x, of which a
+    program reads all. A head's out lies by position modulo SLOTS.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    gdc_launch_dependents()
+    # the first weights, while the kernel before this one still runs
+    is_row = (n < N)[:, None]
+    weight += n.to(tl.int64)[:, None] * K + k
+    tile = tl.load(weight, mask=is_row & (k < K), other=0)
+    scale = tl.load(scales + n, mask=n < N, other=0.0)
+    gdc_wait()
+
+    place = tl.load(begin, cache_modifier=".cg")
+    by_place = place * N + n
+    if CAP > 0:
+        x += place * K
+    if residual is not None:
+        residual = tl.load(residual + n, mask=n < N)
+    if x0 is not None:
+        x0 = tl.load(x0 + by_place, mask=n < N)
+    # x as often as there are rows, so that every thread loads what it multiplies
+    x += tl.zeros((BLOCK_N, 1), tl.int32) + k
+    acc = 0.0
+    squares = 0.0
+    for i in tl.static_range(0, K, BLOCK_K):
+        now = tile
+        if i + BLOCK_K < K:
+            tile = tl.load(weight + i + BLOCK_K, mask=is_row & (k < K - i - BLOCK_K), other=0)
+        piece = tl.load(x + i, mask=k < K - i, other=0.0).to(tl.float32)
+        # words become floating-point numbers faster than bytes do
+        products = (now.to(tl.int32) << 24).to(tl.float32) * piece
+        # no sum with 0.0: it would cost registers, and so loads in flight
+        acc = products if i == 0 else acc + products
+        squares = piece * piece if i == 0 else squares + piece * piece
+    y = tl.sum(acc, axis=1) * (scale / 2 ** 24)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(squares, axis=1) / K + EPS)
+    y = finish(y, residual, x0, a, b, out.dtype.element_ty, RELU2, CAP)
+    at = (place % SLOTS) * N + n if CAP > 0 else by_place if OUT_PLACED else n
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -195,20 +259,30 @@ def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial
     add up.
     """
     gdc_launch_dependents()
-    gdc_wait()
     HALF: tl.constexpr = D // 2
     pair = tl.program_id(0)
     chunk = tl.program_id(1)
     tile = tl.program_id(2)
     b = pair // H_KV
     h = pair % H_KV
-    start = tl.load(begin + b)
-    n_live = tl.minimum(tl.load(end + b) - start, T)
+    # the cursors stand still, and the slots before them were written before the stage's first kernel
+    start = tl.load(begin + b, cache_modifier=".cg")
+    n_live = tl.minimum(tl.load(end + b, cache_modifier=".cg") - start, T)
     # a chunk that no live query can see, or a tile without live rows
     if (chunk * CHUNK >= start + n_live) | (tile * (M // G2) >= n_live):
+        gdc_wait()
         return
     half = tl.arange(0, HALF)[None, :]
     whole = tl.arange(0, D)[None, :]
+
+    # keys and values of earlier passes, from the cache
+    slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    is_cached = (slot < start)[:, None]
+    place = ((b * S + slot) * H_KV + h)[:, None] * D
+    key_1 = tl.load(keys + place + half, mask=is_cached, other=0.0)
+    key_2 = tl.load(keys + place + HALF + half, mask=is_cached, other=0.0)
+    value = tl.load(values + place + whole, mask=is_cached, other=0.0)
+    gdc_wait()
 
     # queries: position t of the pass, attention head g of the group
     m = tl.arange(0, M)
@@ -218,14 +292,6 @@ def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial
     query = qkv + (b * T + t)[:, None] * NQ + (h * G + g)[:, None] * D + half
     angle = (start + t)[:, None] * HALF + half
     query_1, query_2 = rotated(query, cos + angle, sin + angle, is_query, D, keys.dtype.element_ty)
-
-    # keys and values of earlier passes, from the cache
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    is_cached = (slot < start)[:, None]
-    place = ((b * S + slot) * H_KV + h)[:, None] * D
-    key_1 = tl.load(keys + place + half, mask=is_cached, other=0.0)
-    key_2 = tl.load(keys + place + HALF + half, mask=is_cached, other=0.0)
-    value = tl.load(values + place + whole, mask=is_cached, other=0.0)
 
     # keys and values of this pass, where the chunk holds some
     if chunk * CHUNK + CHUNK > start:
@@ -260,23 +326,27 @@ def attend(qkv, keys, values, value_embed, tokens, cos, sin, begin, end, partial
 @triton.jit
 def add_chunks(partial, total, out, begin, end, S, CHUNKS, TILES, T, M: tl.constexpr, G: tl.constexpr,
                G2: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-               CHUNKS2: tl.constexpr):
+               PART: tl.constexpr):
     """Attention's output for one row and attention head, from its chunks: (rows, H, D)."""
     gdc_launch_dependents()
-    gdc_wait()
     r = tl.program_id(0)
     head = tl.program_id(1)
-    chunk = tl.arange(0, CHUNKS2)
     d = tl.arange(0, D)
     live, place = live_rows(begin, end, r, S, T)
     b = r // T
     query = (r % T) * G2 + head % G
-    at = (((b * H_KV + head // G) * CHUNKS + chunk) * TILES + query // M) * M + query % M
     # none for an unused row: 0 / 0, which nothing reads
-    reached = chunk * CHUNK <= tl.where(live, place - b * S, -1)
-    y = tl.sum(tl.load(partial + at[:, None] * D + d[None, :], mask=reached[:, None], other=0.0), axis=0)
-    y /= tl.sum(tl.load(total + at, mask=reached, other=0.0), axis=0)
-    tl.store(out + (r * H_KV * G + head) * D + d, y.to(out.dtype.element_ty))
+    n_chunks = tl.where(live, (place - b * S) // CHUNK + 1, 0)
+    gdc_wait()
+    y = tl.zeros((D,), tl.float32)
+    weight = 0.0
+    for first in range(0, n_chunks, PART):
+        chunk = first + tl.arange(0, PART)
+        reached = chunk < n_chunks
+        at = (((b * H_KV + head // G) * CHUNKS + chunk) * TILES + query // M) * M + query % M
+        y += tl.sum(tl.load(partial + at[:, None] * D + d[None, :], mask=reached[:, None], other=0.0), axis=0)
+        weight += tl.sum(tl.load(total + at, mask=reached, other=0.0), axis=0)
+    tl.store(out + (r * H_KV * G + head) * D + d, (y / weight).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -347,12 +417,11 @@ def best_tokens(sums, positions, tokens, log_probs, margins, outcome, n_experts,
 # Launching
 
 def block_sizes(N, K):
-    """Sizes of a product's blocks and pipeline, by measurement on an H100 at the shapes of `3b`."""
+    """Sizes of a product's blocks and pipeline, by measurement at the shapes of `3b` (H100, H200)."""
     if N <= 3 * K and K % 256 == 0:
         # few columns: 16 a block, and K in four parts
-        return dict(BLOCK_N=16, BLOCK_K=math.gcd(K // 4, 128), SPLIT=4, PREFETCH=32 if N <= K else 8,
-                    num_stages=6 if K > N else 4)
-    return dict(BLOCK_N=64, BLOCK_K=math.gcd(K, 128), SPLIT=1, PREFETCH=8, num_stages=4)
+        return dict(BLOCK_N=16, BLOCK_K=math.gcd(K // 4, 128), SPLIT=4, num_stages=6 if K > N else 4)
+    return dict(BLOCK_N=64, BLOCK_K=math.gcd(K, 128), SPLIT=1, num_stages=4)
 
 
 def pack(attn):
@@ -371,7 +440,7 @@ def pack(attn):
     return packed
 
 
-# by model, for all its engines: the packed matrix of each layer, and its pair (resid_lambda, x0_lambda)
+# by model, for all its engines: the four matrices of each layer, and its pair (resid_lambda, x0_lambda)
 _packed = weakref.WeakKeyDictionary()
 
 
@@ -396,13 +465,18 @@ class StageKernels:
         self.outcome = outcome
         self.cache = cache
         self.tile_rows = tile_rows
+        self.is_rounded = False
         self.n_rows, self.n_slots = tokens.shape
         self.sum_slots = len(sums) if self.n_rows == 1 else 0
         max_rows = self.sum_slots or tile_rows
         if model not in _packed:
-            _packed[model] = ([pack(block.attn) for block in model.blocks],
-                              [(block.resid_lambda.item(), block.x0_lambda.item()) for block in model.blocks])
-        self.qkv_gate, self.mixes = _packed[model]
+            _packed[model] = (
+                [(pack(block.attn), block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight)
+                 for block in model.blocks],
+                [(block.resid_lambda.item(), block.x0_lambda.item()) for block in model.blocks])
+        self.matrices, self.mixes = _packed[model]
+        self.heads = model.merged_heads
+        self.qkv_widths = [len(qkv_gate) for qkv_gate, *_ in self.matrices]
 
         # activations of a pass, by row; partial sums of each block of columns
         new = functools.partial(torch.zeros, device=tokens.device, dtype=model.compute_dtype)
@@ -411,7 +485,7 @@ class StageKernels:
         self.middle = new(max_rows, C)
         self.attended = new(max_rows, C)
         self.hidden = new(max_rows, config.mlp_hidden)
-        self.qkv = new_wide(max_rows, max(map(len, self.qkv_gate)))
+        self.qkv = new_wide(max_rows, max(self.qkv_widths))
         self.logits = new_wide(max_rows, config.vocab_size)
         self.parts = triton.next_power_of_2(C // 16)
         self.x_squares = new_wide(max_rows, self.parts)
@@ -437,20 +511,43 @@ class StageKernels:
         self.best_log_prob = new_wide(outcome.size(1))
         self.margin = new_wide(outcome.size(1))
 
+    def round_weights(self, quantize):
+        """As `Stages.round_weights`; then passes are of one position, and T is ignored."""
+        self.is_rounded = True
+        self.matrices = [[quantize(matrix) for matrix in self.matrices[layer]]
+                         for layer in self.model.layers_of_stage[0]]
+        self.heads = [quantize(self.heads[0])]
+
     def multiply(self, k, T, x, weight, out, x_squares=None, residual=None, mix=None, out_sums=None,
                  relu2=False, cap=0.0, out_placed=False):
-        """Launch `skinny_matmul` for the next T positions of stage k. mix: (a, b) of the next layer."""
+        """Launch `skinny_matmul` for the next T positions of stage k. mix: (a, b) of the next layer.
+
+        weight: rounded, a pair of integers and scales, which takes `draft_matvec`.
+        """
+        a, b = mix or (0.0, 0.0)
+        x0 = self.stream[0] if mix else None
+        if self.is_rounded:
+            integers, scales = weight
+            N, K = integers.shape
+            # by measurement on an H200 at the shapes of `3b`
+            rows, columns = (2, 1024) if N == K else (8, 512)
+            draft_matvec[(triton.cdiv(N, rows),)](
+                x, integers, scales, out, residual, x0, self.cursors[k + 1], a, b, N, K, SLOTS=self.sum_slots,
+                BLOCK_N=rows, BLOCK_K=columns, NORM=x_squares is not None, RELU2=relu2, CAP=cap,
+                OUT_PLACED=out_placed, num_warps=8 if N < K else 4, launch_pdl=True)
+            return
         N, K = weight.shape
         blocks = block_sizes(N, K)
-        a, b = mix or (0.0, 0.0)
         skinny_matmul[(triton.cdiv(T, self.tile_rows), triton.cdiv(N, blocks["BLOCK_N"]))](
-            x, weight, out, x_squares, residual, self.stream[0] if mix else None, out_sums,
+            x, weight, out, x_squares, residual, x0, out_sums,
             self.cursors[k + 1], self.cursors[k], a, b, self.n_slots, N, K, T=T, ROWS=self.tile_rows,
             PARTS=self.parts, OUT_PARTS=0 if out_sums is None else out_sums.size(1), RELU2=relu2, CAP=cap,
             OUT_PLACED=out_placed, **blocks, num_warps=4, launch_pdl=True)
 
     def run_layers(self, k, T):
         """As `Stages.run_layers`."""
+        if self.is_rounded:
+            T = 1
         model = self.model
         config = model.config
         begin = self.cursors[k + 1]
@@ -463,35 +560,38 @@ class StageKernels:
             T=T, PARTS=self.parts, FIRST=k == 0, launch_pdl=True)
         for layer in layers:
             block = model.blocks[layer]
+            qkv_gate, projection, fc, mlp_projection = self.matrices[layer]
             is_last = layer == layers[-1]
             # attention: queries, keys and values; chunks of the cache; their sum; the projection
-            self.multiply(k, T, self.x, self.qkv_gate[layer], self.qkv, x_squares=self.x_squares)
+            self.multiply(k, T, self.x, qkv_gate, self.qkv, x_squares=self.x_squares)
             embed = block.attn.value_embed
             shape = dict(T=T, M=self.M, G=self.group, G2=self.group2, H_KV=config.n_kv_head,
-                         D=config.head_dim, CHUNK=CHUNK, num_warps=4, launch_pdl=True)
+                         D=config.head_dim, CHUNK=CHUNK, launch_pdl=True)
             attend[(self.n_rows * config.n_kv_head, self.chunks, tiles)](
                 self.qkv, self.cache.keys[layer], self.cache.values[layer],
                 None if embed is None else embed.weight, self.tokens, self.cos, self.sin, begin, end,
                 self.partial, self.total, QK_SCALE / math.sqrt(config.head_dim), self.n_slots,
-                len(self.qkv_gate[layer]), **shape)
+                self.qkv_widths[layer], num_warps=8, **shape)
             add_chunks[(self.n_rows * T, config.n_head)](
                 self.partial, self.total, self.attended, begin, end, self.n_slots, self.chunks, tiles,
-                CHUNKS2=triton.next_power_of_2(self.chunks), **shape)
-            self.multiply(k, T, self.attended, block.attn.c_proj.weight, self.middle, residual=self.x,
+                PART=PART, **shape)
+            self.multiply(k, T, self.attended, projection, self.middle, residual=self.x,
                           out_sums=self.middle_squares)
             # MLP; the last layer's result is the boundary, any other's is mixed for the next layer
-            self.multiply(k, T, self.middle, block.mlp.c_fc.weight, self.hidden,
+            self.multiply(k, T, self.middle, fc, self.hidden,
                           x_squares=self.middle_squares, relu2=True)
-            self.multiply(k, T, self.hidden, block.mlp.c_proj.weight,
+            self.multiply(k, T, self.hidden, mlp_projection,
                           self.stream[k + 1] if is_last else self.x, residual=self.middle,
                           mix=None if is_last else self.mixes[layer + 1], out_sums=self.x_squares,
                           out_placed=is_last)
 
     def add_log_probs(self, k, T, first):
-        """As `Stages.add_log_probs`."""
+        """As `Stages.add_log_probs`. By rounded weights logits are their sum: a draft is not normalised."""
         V = self.model.config.vocab_size
-        self.multiply(k, T, self.stream[k + 1], self.model.head_weight(k), self.logits,
+        self.multiply(k, T, self.stream[k + 1], self.heads[k], self.sums if self.is_rounded else self.logits,
                       x_squares=self.x_squares, cap=SOFTCAP, out_sums=self.exp_sums)
+        if self.is_rounded:
+            return
         add_log_probs[(triton.cdiv(V, 512), triton.cdiv(T, self.tile_rows))](
             self.logits, self.exp_sums, self.sums, self.cursors[k + 1], self.cursors[k], self.n_slots, V=V,
             T=T, ROWS=self.tile_rows, SLOTS=self.sum_slots, PARTS=self.exp_sums.size(1), BLOCK=512,
@@ -506,6 +606,6 @@ class StageKernels:
         n = len(positions)
         best_tokens[(n,)](
             self.sums, positions, self.best_token, self.best_log_prob, self.margin, self.outcome, n_experts,
-            WIDTH=self.outcome.size(1), V=self.model.config.vocab_size, SLOTS=self.sum_slots, BLOCK=4096,
-            num_warps=8, launch_pdl=True)
+            WIDTH=self.outcome.size(1), V=self.model.config.vocab_size, SLOTS=self.sum_slots, BLOCK=2 ** 15,
+            num_warps=32, launch_pdl=True)
         return self.best_token[:n], self.best_log_prob[:n], self.margin[:n]

@@ -20,8 +20,10 @@ five tokens are known, stage 0 has run over all of them, and two positions wait 
 Plain decoding runs every stage over the newest position, then the product chooses a token. Speculative
 decoding lets stage 0 run ahead and choose drafts; the other stages then run over all waiting positions in one
 pass, for the price of one position, and the product's choices replace the drafts from the first that differs.
-Early exit (WAND, routing) takes the token of a prefix that is sure, and leaves the position waiting for the
-stages above. Rolling back is lowering cursors: what lies beyond a cursor is garbage that nothing reads.
+Stage 0 may draft by weights rounded to int8, half as many bytes: then its cursor goes back, too, and it runs
+over the drafts again by its own weights, in one pass that overwrites all that was approximate. Early exit
+(WAND, routing) takes the token of a prefix that is sure, and leaves the position waiting for the stages
+above. Rolling back is lowering cursors: what lies beyond a cursor is garbage that nothing reads.
 
 Lossless modes write the same text, greedily and sampled. Noise is a function of (seed, row, position, token),
 added to log-probabilities (Gumbel; coupled drafts after Daliri, Musco and Suresh, arXiv 2408.07978). And a
@@ -35,6 +37,7 @@ skipped layers with later tokens: FREE, arXiv 2310.05424; WAND: Broder et al., C
 """
 import codecs
 import contextlib
+import copy
 import importlib.util
 import itertools
 import json
@@ -53,9 +56,9 @@ from common import DeviceFlags, choose_device, flag, parse_flags, run, spelled
 from dataloader import Tokenizer, clean_text
 from model import KVCache, attention_backends, combine
 
-# the modes, and the flag that goes with each
-MODES = {"full": None, "single": "stage", "prefix": "prefix", "wand": "wand_margin",
-         "routing": "routing_threshold", "speculative": "draft_len"}
+# the modes, and the flags that go with each
+MODES = {"full": "", "single": "stage", "prefix": "prefix", "wand": "wand_margin",
+         "routing": "routing_threshold", "speculative": "draft_len draft_weights"}
 ROWS = 16                   # rows of a tile, as tensor cores want; upper stages run whole tiles
 WIDEST = 4 * ROWS           # rows of the kernels' widest pass; sums of log p_k are kept for as many positions
 CHOSEN = 2 * ROWS           # positions after which tokens are chosen at once, at most
@@ -157,8 +160,8 @@ class Stages:
         self.cache = KVCache(config, n_rows, slots, model.cos.device, model.compute_dtype)
 
     def next_positions(self, k, T):
-        """int64 (B, T). Stage 0 never has more than one waiting, and unused ones would cost time here."""
-        return self.cursors[k + 1][:, None] + self.offsets[:1 if k == 0 else T]
+        """The next T positions of stage k: int64 (B, T)."""
+        return self.cursors[k + 1][:, None] + self.offsets[:T]
 
     def run_layers(self, k, T):
         """Run stage k over its next positions, from `stream[k]` to `stream[k + 1]`. Leaves the cursors."""
@@ -204,6 +207,26 @@ class Stages:
         self.outcome[1, :len(tokens)] = tokens
         self.outcome[2, :len(tokens)] = log_probs
 
+    def round_weights(self, quantize):
+        """From now on run stage 0 by rounded weights. The model itself stays as it is."""
+        def rounded(weight):
+            return torch.mul(*quantize(weight)).to(weight.dtype)
+        head = rounded(self.model.head_weight(0))
+        # what a copy has in place of each parameter; the other stages are not run
+        twins = {id(p): rounded(p) if "c_" in name or "gate" in name else p
+                 for name, p in self.model.named_parameters()}
+        self.model = copy.deepcopy(self.model, twins)
+        self.model.merged_heads = [head]
+
+
+def quantize(weight):
+    """A matrix (N, C) as int8 and scales, float32 (N, 1): the largest weight of a row becomes 127.
+
+    A row of zeros has scale 0.
+    """
+    scales = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    return (weight / scales).round().to(torch.int8), scales
+
 
 def kernels_fit(model):
     """Whether the kernels serve this model where it is. Triton comes with torch's CUDA builds."""
@@ -221,11 +244,14 @@ class Plan:
     """How tokens are made. Drafting and early exit exclude each other and take one row at a time.
 
     experts: the stages whose product chooses. draft_len: tokens that stage 0 drafts before the product judges
-    them. exits: after stage k leave where `score` is at least exits[k]; empty: no early exit. score: of a
+    them. draft_weights: "int8" drafts by stage 0's weights rounded to int8, whose drafts every stage judges;
+    "same" by the model's own, which leave stage 0 nothing to do again; None: int8 where the engine is fast.
+    exits: after stage k leave where `score` is at least exits[k]; empty: no early exit. score: of a
     prefix, the "margin" (top-1 less top-2, nats) or the top-1 "probability".
     """
     experts: range
     draft_len: int = 0
+    draft_weights: str = None
     exits: tuple = ()
     score: str = "margin"
 
@@ -246,14 +272,16 @@ class Engine(Stages):
         self.fast = fast
         self.in_flight = 2 if fast else 1
         self.graphs = {}
-        # positions of a row in a tile, and in the widest pass
-        self.tile = ROWS if n_rows == 1 else 1
-        self.widest = WIDEST if fast and n_rows == 1 else self.tile
         self.kernels = None
         if fast:
             from kernels import StageKernels
             self.kernels = StageKernels(model, self.tokens, self.cursors, self.stream, self.sums,
                                         self.outcome, self.cache, tile_rows=ROWS)
+        # whose steps make drafts, over the same tensors, where those are not `stages`
+        self.drafter = None
+        if plan.draft_len and (plan.draft_weights == "int8" if plan.draft_weights else fast):
+            self.drafter = copy.copy(self.stages)
+            self.drafter.round_weights(quantize)
 
     @property
     def stages(self):
@@ -283,36 +311,32 @@ class Engine(Stages):
 
     # -- steps: what runs on the device, in static shapes; none asks the host ------------------------------
 
-    def next_token(self):
-        """Plain decoding: every stage runs over the newest position of each row, then the product chooses."""
-        self.run_stage(0)
-        after, target = self.choose_targets(1)
-        self.keep(after, target, 1)
-
     def cycle(self, n):
-        """Speculative decoding, 1 to n tokens: stage 0 runs n times and drafts, then `verify`. 1 is plain."""
-        if n == 1:
-            self.next_token()
-            return
+        """1 to n tokens: stage 0 drafts n - 1, then `verify`. 1 is plain decoding, of several rows too."""
         for _ in range(n - 1):
             self.draft()
-        self.run_stage(0)
         self.verify(n)
 
     def verify(self, n):
-        """Every other stage runs over the n newest positions, then the product chooses after each of them.
+        """The stages run over the n newest positions of each row, then the product chooses after each.
 
-        Its choices are kept up to the first that differs from its draft.
+        Stage 0 has run over all but the newest. Where that was by rounded weights, it runs again and
+        overwrites what it left. The product's choices are kept up to the first that differs from its draft.
         """
+        if self.drafter:
+            # before the drafts every stage had run equally far
+            self.cursors[1] = self.cursors[2]
         after, target = self.choose_targets(n)
-        taken = 1 + count_accepted(target[:-1], draft=self.tokens[0, after[:-1]])
-        # roll back: what ran after a rejected draft
-        self.cursors[1:] -= n - taken
+        taken = 1
+        if n > 1:
+            taken += count_accepted(target[:-1], draft=self.tokens[0, after[:-1]])
+            # roll back: what ran after a rejected draft
+            self.cursors[1:] -= n - taken
         self.keep(after, target, taken)
 
     def draft(self):
         """Stage 0 runs over the newest position and chooses; with early exit, where it is sure."""
-        self.run_stage(0)
+        self.run_stage(0, by=self.drafter)
         self.decide(0)
 
     def lift(self, k, T, speaks, decides):
@@ -323,25 +347,35 @@ class Engine(Stages):
 
     # -- parts of steps ------------------------------------------------------------------------------------
 
-    def run_stage(self, k, T=None, speaks=True):
-        """Run stage k over T positions (default: a tile) and move its cursor. speaks: add its log p_k."""
-        T = T or self.tile
-        self.stages.run_layers(k, T)
-        if speaks and k in self.plan.experts:
-            self.stages.add_log_probs(k, T, first=k == self.plan.experts[0])
-        self.stages.advance(k, T)
+    def run_stage(self, k, T=None, speaks=True, by=None):
+        """Run stage k over T positions (default: a tile) and move its cursor. speaks: add its log p_k.
 
-    def widths(self, n):
-        """Positions of a row in each pass that brings a stage up over n: whole tiles, in few passes."""
-        return [min(self.widest, -(-left // self.tile) * self.tile) for left in range(n, 0, -self.widest)]
+        by: whose steps (default: `stages`).
+        """
+        T = T or self.widths(k, 1)[0]
+        by = by or self.stages
+        by.run_layers(k, T)
+        if speaks and k in self.plan.experts:
+            by.add_log_probs(k, T, first=k == self.plan.experts[0])
+        by.advance(k, T)
+
+    def widths(self, k, n):
+        """Positions of a row in each pass that brings stage k up over n: whole tiles, in few passes.
+
+        Without kernels stage 0 takes them one by one, whoever needs them: in plain decoding it has only one,
+        and there the bits of a product depend on its number of rows.
+        """
+        tile = ROWS if self.n_rows == 1 and (k or self.fast) else 1
+        widest = WIDEST if self.fast else tile
+        return [min(widest, -(-left // tile) * tile) for left in range(n, 0, -widest)]
 
     def choose_targets(self, n):
-        """Bring the upper stages up over n positions of each row; the product chooses after each.
+        """Bring the stages up over n positions of each row; the product chooses after each.
 
         Returns where its choices belong and the choices, int64: (B,) for n = 1, else (n,) of the one row.
         """
-        for k in range(1, self.last + 1):
-            for T in self.widths(n):
+        for k in range(self.last + 1):
+            for T in self.widths(k, n if k or self.drafter else 1):
                 self.run_stage(k, T)
         after = self.cursors[-1] if n == 1 else self.cursors[-1] + (self.offsets[:n] - (n - 1))
         return after, self.choose(after - 1, len(self.plan.experts))[0]
@@ -370,7 +404,7 @@ class Engine(Stages):
         if self.plan.exits and k < self.last:
             sure = (top.exp() if self.plan.score == "probability" else margin) >= self.plan.exits[k]
         else:
-            sure = torch.ones_like(token)
+            sure = 1
         self.tokens[0, after] = token
         torch.add(after, sure, out=self.cursors[0])
         self.outcome[0, :1] = sure
@@ -432,7 +466,7 @@ class Engine(Stages):
 
     def start_lift(self, k, waiting, decides):
         """As `start`: bring stage k up over its waiting positions; prefix k + 1 may decide at the newest."""
-        *earlier, newest = self.widths(waiting)
+        *earlier, newest = self.widths(k, waiting)
         for T in earlier:
             self.start(self.lift, k, T, False, False)
         return self.start(self.lift, k, newest, True, decides)
@@ -561,8 +595,8 @@ def decode_timed(engine, prompt, n_new):
 # --------------------------------------------------------------------------------------------------
 # From flags to a plan
 
-def make_plan(model_config, mode, stage=None, prefix=None, draft_len=None, wand_margin=None,
-              routing_threshold=None, bounds=None, metrics=None):
+def make_plan(model_config, mode, stage=None, prefix=None, draft_len=None, draft_weights=None,
+              wand_margin=None, routing_threshold=None, bounds=None, metrics=None):
     """The `Plan` of a mode. bounds: the checkpoint's p99 bounds, nats. metrics: metrics.json. Or None.
 
     WAND leaves after stage k where the margin exceeds the sum of the bounds of the stages that remain, or
@@ -584,7 +618,7 @@ def make_plan(model_config, mode, stage=None, prefix=None, draft_len=None, wand_
     if K == 1:
         raise ValueError(f"--mode {mode} needs several stages; this checkpoint has one: use --mode full")
     if mode == "speculative":
-        return Plan(range(K), draft_len=draft_len or 4)
+        return Plan(range(K), draft_len or 4, draft_weights)
 
     # early exit: one threshold a stage but for the last. None: no threshold keeps the cap, so never leave
     if routing_threshold is not None:
@@ -697,6 +731,9 @@ class SampleConfig(DeviceFlags):
     prefix: int = flag(None, "how many first stages --mode prefix combines, 1 to K")
     draft_len: int = flag(None, "in --mode speculative: tokens that stage 0 drafts at a time (default: "
                                 "4)", low=1, high=CHOSEN - 1)
+    draft_weights: str = flag(None, "what stage 0 drafts by: int8, or the same weights as the product "
+                                    "(default: int8 with --compile); the text does not depend on it",
+                              choices=("int8", "same"))
     wand_margin: bool = flag(None, "in --mode wand: leave by the fitted margins of metrics.json")
     routing_threshold: float = flag(None, "in --mode routing: leave after stage 0 where its top-1 "
                                           "probability is at least this (default: from metrics.json)")
@@ -714,10 +751,11 @@ class SampleConfig(DeviceFlags):
     json: bool = flag(False, "print a JSON object per sample: texts, ids, log-probabilities, stages, depths")
 
     def __post_init__(self):
-        for mode, name in MODES.items():
-            if mode != self.mode and name and getattr(self, name) is not None:
-                raise ValueError(f"{spelled(name)} {getattr(self, name)} goes with --mode {mode}, not with "
-                                 f"--mode {self.mode}")
+        for mode, names in MODES.items():
+            for name in names.split():
+                if mode != self.mode and getattr(self, name) is not None:
+                    raise ValueError(f"{spelled(name)} {getattr(self, name)} goes with --mode {mode}, not "
+                                     f"with --mode {self.mode}")
 
 
 def read_prompts(path):
@@ -768,7 +806,8 @@ def main(argv=None):
     metrics = path / "metrics.json"
     metrics = read_json(metrics) if metrics.exists() else None
     plan = make_plan(model.config, config.mode, config.stage, config.prefix, config.draft_len,
-                     config.wand_margin, config.routing_threshold, record.get(BOUNDS_KEY), metrics)
+                     config.draft_weights, config.wand_margin, config.routing_threshold,
+                     record.get(BOUNDS_KEY), metrics)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     streaming = not config.json and config.prompt_file is None and config.num_samples == 1
     start = time.monotonic()

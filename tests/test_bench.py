@@ -75,8 +75,11 @@ def test_odd_flags_are_refused(argv, told, refused, monkeypatch):
 def test_decode_measures_every_mode_of_a_checkpoint(trained, capsys, monkeypatch):
     monkeypatch.setattr(bench, "PROMPTS", ("a",))
     monkeypatch.setattr(bench, "DRAFT_LENGTHS", (1, 2))
+    rounded = []
+    monkeypatch.setattr(bench.Engine, "round_weights", rounded.append)
     argv = "--bench-repeats 1 --max-new-tokens 3 --dtype float64 --device cpu --acceptance 0.9"
-    bench.main(["decode", str(trained), *argv.split()])
+    bench.main(["decode", str(trained), *argv.split(), "--draft-weights", "int8"])
+    assert len(rounded) == 2
     rows = printed(capsys)
     assert list(rows) == ["full", "s0 alone", "speculative 1", "speculative 2"]
     # stage 0 reads 2 layers of 2 x 12 x (12 + 4 + 20) weights of 8 bytes, and a head of 12 x 300
@@ -86,6 +89,8 @@ def test_decode_measures_every_mode_of_a_checkpoint(trained, capsys, monkeypatch
     for name, n_tokens in (("full", 1), ("speculative 1", 1.9), ("speculative 2", 2.71)):
         speed = 1e3 * n_tokens / rows[name]["cycle_ms"]
         assert rows[name]["tokens_per_s_at_acceptance"] == pytest.approx(speed)
+        speed /= rows["full"]["tokens_per_s_at_acceptance"]
+        assert rows[name]["speedup_at_acceptance"] == pytest.approx(speed)
 
 
 def test_decode_of_random_weights_tells_nothing_of_acceptance(capsys, monkeypatch):
@@ -93,7 +98,8 @@ def test_decode_of_random_weights_tells_nothing_of_acceptance(capsys, monkeypatc
     bench.main("decode --preset tiny --device cpu --bench-repeats 1 --max-new-tokens 2".split())
     rows = printed(capsys)
     assert "tokens_per_s" in rows["full"]
-    assert list(rows["speculative 4"]) == ["name", "cycle_ms", "tokens_per_s_at_acceptance"]
+    assert list(rows["speculative 4"]) == ["name", "cycle_ms", "tokens_per_s_at_acceptance",
+                                           "speedup_at_acceptance"]
 
 
 def test_what_runs_out_of_memory_is_left_out():

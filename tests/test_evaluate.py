@@ -359,7 +359,7 @@ def test_speculation_counts_drafts_on_documents_that_did_not_calibrate(trained, 
     assert prompts and all(len(ids) == 8 and ids[0] == 299 and 299 not in ids[1:] for ids in prompts)
     found, _ = evaluate.generate_texts(model, part, 5, False)
     metrics = found["speculative"]
-    assert metrics["identical_to_plain"]
+    assert metrics["identical_to_plain"] and metrics["draft_weights"] == "same"
     # by hand: draft 4 by s0 from the text so far, compare with full's text; what has no room is not judged
     plain = Engine(model, Plan(range(3)))
     accepted = judged = 0

@@ -195,9 +195,9 @@ def test_cached_decoding_says_what_the_uncached_forward_says(decoder, fast):
 def test_speculation_in_bfloat16_writes_the_very_tokens_of_plain_decoding(decoder, fast, sampling):
     model, prompt = decoder
     plain = ids(decode(Engine(model, FULL, sampling=sampling, fast=fast), prompt, 230))
-    for draft_len in (1, 4, 16):
-        tokens = decode(Engine(model, Plan(range(4), draft_len), sampling=sampling, fast=fast), prompt, 230)
-        assert ids(tokens) == plain, draft_len
+    for plan in (Plan(range(4), 4, "same"), *(Plan(range(4), m, "int8") for m in (1, 4, 12, 16))):
+        tokens = decode(Engine(model, plan, sampling=sampling, fast=fast), prompt, 230)
+        assert ids(tokens) == plain, plan
         assert 10 < sum(t.stage == 0 for t in tokens)
 
 
