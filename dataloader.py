@@ -68,7 +68,8 @@ def reading(what, remedy):
     """Raise ValueError, naming what and remedy, where a file that the block reads is missing or damaged."""
     try:
         yield
-    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError) as e:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+            re.error) as e:
         raise ValueError(f"{what} cannot be read ({e!r}); {remedy}") from None
 
 

@@ -13,7 +13,7 @@ a checkpoint and lie on one device; to train, see train.py.
 """
 import torch
 import torch.nn.functional as F
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .model import KVCache, ModelConfig, PoE, combine, rotary_tables
@@ -87,8 +87,8 @@ class CognicaPoEForCausalLM(PreTrainedModel, GenerationMixin):
         poe.cos, poe.sin = self.tables
         return poe
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, labels=None,
-                logits_to_keep=0, stage=None, prefix=None, poe_alpha=None, **_):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, use_cache=None,
+                labels=None, logits_to_keep=0, stage=None, prefix=None, poe_alpha=None, **_):
         """Log-probabilities, float32 (B, T, V), by one stage, by a prefix of K' stages, or by all of them.
 
         attention_mask: (B, slots), 0 at padding, left or right. past_key_values, or cache, as newer
@@ -97,12 +97,16 @@ class CognicaPoEForCausalLM(PreTrainedModel, GenerationMixin):
         those of so many last positions.
         """
         poe = self.poe()
-        stages = range(prefix or poe.config.n_stage) if stage is None else [stage]
+        K = poe.config.n_stage
+        stages = range(K if prefix is None else prefix) if stage is None else [stage]
         cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
         T = input_ids.size(1)
         n = T + (0 if cache is None else cache.get_seq_length())
-        if n > poe.config.sequence_len:
-            raise ValueError(f"{n} tokens do not fit in a context of {poe.config.sequence_len}")
+        if n > poe.config.sequence_len or not stages or stages[-1] not in range(K):
+            raise ValueError(f"{n} tokens by stages {[*stages]}: this model has {K} stages and a context of "
+                             f"{poe.config.sequence_len}")
         view = None
         if cache is not None and attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), n)
@@ -119,7 +123,7 @@ class CognicaPoEForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def generate_speculative(self, input_ids, max_new_tokens=64, draft_len=4):
-        """Greedy text by the product: stage 0 drafts up to 15 tokens, then the others judge them at once.
+        """Greedy text by the product: stage 0 drafts some tokens, then all stages judge them at once.
 
         input_ids: int64 (1, T). Returns int64 (1, T + new), which ends with the eos token where that was met.
         The text is that of every other draft_len, 0 included, in every dtype. `generate` makes passes of
@@ -133,7 +137,8 @@ class CognicaPoEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         bounds = self.config.poe_wand_p99_bounds_per_stage_head
         if bounds is None:
-            raise ValueError("this checkpoint has no bounds: measure it with evaluate.py, publish it again")
+            raise ValueError("this checkpoint has no bounds: measure it with evaluate.py, publish it again "
+                             "(a model of one stage has none)")
         return decode(self, input_ids, max_new_tokens, 1, bounds)
 
 
@@ -149,9 +154,11 @@ def decode(model, input_ids, max_new_tokens, n, bounds):
     config = poe.config
     known = input_ids.size(1)
     end = known + max_new_tokens
-    if len(input_ids) > 1 or end > config.sequence_len + 1:
-        raise ValueError(f"{len(input_ids)} rows of {end} tokens: this takes one, of at most "
-                         f"{config.sequence_len + 1}")
+    if len(input_ids) != 1 or not 1 <= known < end <= config.sequence_len + 1 or n < 1:
+        raise ValueError(f"{len(input_ids)} rows of {known} tokens, {max_new_tokens} new ones, {n - 1} "
+                         f"drafts: this takes one row, and at most {config.sequence_len + 1} tokens in all")
+    # a single stage would only draft for itself
+    n = n if config.n_stage > 1 else 1
     slots = torch.arange(end + n + TILE, device=model.device)
     tokens = F.pad(input_ids, (0, len(slots) - known))
     cache = KVCache(config, 1, len(slots), model.device, model.dtype)
@@ -174,7 +181,8 @@ def decode(model, input_ids, max_new_tokens, n, bounds):
             done[k] = until
         return combine(total, prefix)[:T]
 
-    run(config.n_stage, known - 1)
+    if known > 1:
+        run(config.n_stage, known - 1)
     while True:
         for i in range(known, known + n - 1):
             tokens[0, i] = run(1, i)[-1].argmax()

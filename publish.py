@@ -24,7 +24,6 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,9 +47,10 @@ from schedule import phase_index, phase_of
 HERE = Path(__file__).parent
 # the most in one file of weights
 SHARD = "5GB"
-# how to upload what was published, by --folders
-PUSH = ("to push: git -C {0} push --all URL; a hub takes weights through git-lfs alone: install it before",
-        "to push, for each folder: hf upload USER/NAME {0}/BRANCH . --revision BRANCH")
+# how to upload what was published, by --folders. Hubs take weights through git-lfs alone
+PUSH = ("to push: cd '{0}' && git lfs migrate import --everything --include='*.safetensors' && "
+        "git push --force --all https://huggingface.co/USER/NAME",
+        "to push, for each folder: hf upload USER/NAME '{0}/BRANCH' . --revision BRANCH")
 # in JSON, the folders before the last part of what our records call these
 FOLDERS = r'("(?:data|mix|out|resume|continue_from)": ")(?:[^"\\]|\\.)*/'
 CARD = """\
@@ -84,9 +84,10 @@ out = model.generate(input_ids=input_ids, max_new_tokens=32, do_sample=False)
 print(tokenizer.decode(out[0].tolist()))
 ```
 
-`model.generate_wand(input_ids)` leaves early by this branch's own bounds; in `generate_speculative` the first
-stage drafts; `model(input_ids, stage=0)`, `prefix=2` and `poe_alpha=0.5` are other answers of these weights.
-Logits are log-probabilities. `main` has an index of all branches, trajectory.csv.
+Where there are several stages, `model.generate_wand(input_ids)` leaves early by this branch's own bounds; in
+`model.generate_speculative(input_ids)` the first one drafts; `model(input_ids, stage=0)`, `prefix=2` and
+`poe_alpha=0.5` are other answers of the same weights. Logits are log-probabilities. `main` has an index of
+all branches, trajectory.csv.
 
 {tables}
 """
@@ -100,7 +101,7 @@ def read_public(path):
 # --------------------------------------------------------------------------------------------------
 # A branch
 
-def write_tokenizer(step, folder):
+def write_tokenizer(step, folder, sequence_len):
     """tokenizer.json and tokenizer_config.json: text becomes bos + ordinary text, as everywhere here."""
     from tokenizers.processors import TemplateProcessing
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -111,6 +112,7 @@ def write_tokenizer(step, folder):
     theirs.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True, "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"], "model_max_length": sequence_len,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS)})
 
 
@@ -150,7 +152,7 @@ def write_card(run, step, record, rows, folder, more):
         line[f"bpb_s{k}"] = report.lookup(rows.get(step), f"bpb/single/{k}")
     tables = report.trajectory(run, rows, record)[0] if rows else ""
     if step not in rows:
-        tables += f"{step.name} was not measured."
+        tables += f"\n{step.name} was not measured."
     phase = record["phases"][number]
     card = more | phase | line | {"tables": tables, "data": phase["mix"] or "the embedded sample"}
     (folder / "README.md").write_text(CARD.format(**card))
@@ -161,9 +163,14 @@ def write_card(run, step, record, rows, folder, more):
 # The repository
 
 def git(out, *args):
-    """What git prints. It commits under no name of yours, and without compression, which weights resist."""
+    """What git prints, without your settings and name, and without compression, which weights resist."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}
     options = ["-c", "user.name=publish.py", "-c", "user.email=", "-c", "core.compression=0"]
-    return subprocess.run(["git", "-C", out, *options, *args], check=True, stdout=subprocess.PIPE).stdout
+    done = subprocess.run(["git", "-C", out, *options, *args], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise OSError(f"git {args[0]} failed: {done.stderr}")
+    return done.stdout
 
 
 def commit(out, branch):
@@ -179,15 +186,17 @@ def publish(run, out, config):
     steps = checkpoint_steps(run)
     hashes = [verify_checkpoint(step, skip_optimizer=True)["model.pt"] for step in steps]
     main = out / "main" if config.folders else out
-    index = main / "trajectory.csv"
-    old = list(csv.DictReader(index.open())) if index.exists() else []
-    foreign = [line for line in old if line["checkpoint_sha256"] not in hashes]
-    if not steps or foreign or (not old and out.exists() and os.listdir(out)):
+    # whose checkpoints are published here; there from the beginning, so that an interrupted run goes on
+    mark = out / (".publish.json" if config.folders else ".git/publish.json")
+    old = read_json(mark) if mark.exists() else []
+    if not steps or set(old) - set(hashes) or (not old and out.exists() and os.listdir(out)):
         raise ValueError(f"{run} has no checkpoints, or {out} holds something else than those "
                          f"that were published of it; name a run, and a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     if not config.folders:
-        git(out, "init", "-q")
+        git(out, "init", "-q", "--template=")
+        (out / ".git/index.lock").unlink(missing_ok=True)
+    write_json(mark, hashes)
     record = read_public(run / "config.json")
     rows = {}
     lines = []
@@ -196,7 +205,7 @@ def publish(run, out, config):
         folder.mkdir(exist_ok=True)
         for path in filter(Path.is_file, folder.iterdir()):
             path.unlink()
-        write_tokenizer(step, folder)
+        write_tokenizer(step, folder, record["model"]["sequence_len"])
         record |= {"step": step_number(step), "state": read_json(step / "state.json")}
         more = vars(config) | write_model(step, record, folder, config.dtype)
         if (step / "metrics.json").exists():
@@ -204,7 +213,10 @@ def publish(run, out, config):
             write_json(folder / "metrics.json", metrics)
             rows[step] = metrics | {"timings": read_json(step / "timings.json")}
         line = write_card(run, step, record, rows, folder, more | {"name": out.resolve().name})
-        weights = [sha256_of(path) for path in sorted(folder.glob("*.safetensors"))]
+        weights = []
+        for path in sorted(folder.glob("*.safetensors")):
+            path.chmod(0o644)
+            weights.append(sha256_of(path))
         lines.append(line | {"checkpoint_sha256": sha256, "weights_sha256": " ".join(weights)})
         if not config.folders:
             commit(out, step.name)
@@ -212,9 +224,9 @@ def publish(run, out, config):
     if config.folders:
         shutil.rmtree(main, ignore_errors=True)
         shutil.copytree(folder, main, copy_function=os.link)
-    with open(index, "w", newline="") as file:
+    with open(main / "trajectory.csv", "w") as file:
         # a dict is its keys: the header
-        csv.writer(file).writerows([lines[0], *map(dict.values, lines)])
+        csv.writer(file, lineterminator="\n").writerows([lines[0], *map(dict.values, lines)])
     if not config.folders:
         commit(out, "main")
     print(PUSH[config.folders].format(out))
@@ -246,10 +258,13 @@ def import_checkpoint(folder, out, rename):
         byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
         tokenizer = Tokenizer([bytes(map(byte_of.get, word)) for word in sorted(vocab, key=vocab.get)],
                               words["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
-    if out.exists() or out.name != f"step-{record['step']:05d}":
-        raise ValueError(f"--out {out} must be a new RUN/step-{record['step']:05d}")
+        trained_with = record["tokenizer"]["sha256"]
+        step = record["step"]
+        state = record.pop("state") | {"step": step}
+    if out.exists() or out.name != f"step-{step:05d}" or tokenizer.sha256 != trained_with:
+        raise ValueError(f"--out {out} must be a new RUN/step-{step:05d}, and the tokenizer in {folder} the "
+                         f"one that the model was trained with")
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = record.pop("state")
     if not (out.parent / "config.json").exists():
         write_json(out.parent / "config.json", record)
     print(f"wrote {save_checkpoint(out.parent, Ranks(), model, None, record, state, tokenizer)}")
@@ -260,7 +275,8 @@ def import_checkpoint(folder, out, rename):
 
 @dataclass(frozen=True)
 class Flags:
-    out: str = flag(None, "the repository, or the folder of folders; with --import RUN/step-XXXXX", path=True)
+    out: str = flag("published", "the repository, or the folder of folders; with --import RUN/step-XXXXX",
+                    path=True)
     dtype: str = flag("bfloat16", "of the published weights", choices=("bfloat16", "float32"))
     license: str = flag("apache-2.0", "of the weights, by the hub's name for it")
     folders: bool = flag(False, "plain folders instead of branches of a git repository")
@@ -274,8 +290,6 @@ def main(argv=None):
         ("source", None, "a run, all of whose checkpoints are published; with --import a published folder")])
     source = Path(given.pop("source"))
     config = Flags(**given)
-    if config.out is None or not find_spec("transformers"):
-        raise ValueError("publish.py needs --out, where to write, and pip install transformers")
     if config.import_:
         import_checkpoint(source, Path(config.out), config.rename)
     else:

@@ -103,9 +103,9 @@ def ours(runs):
     return load_checkpoint(runs / "0" / STEP)[0], Tokenizer.load(runs / "0" / STEP)
 
 
-def greedy(ours, mode, **options):
+def greedy(ours, mode, prompt=PROMPT, **options):
     """The first 24 tokens of sample.py."""
-    return next(complete(*ours, [PROMPT], 24, make_plan(ours[0].config, mode, **options)))
+    return next(complete(*ours, [prompt], 24, make_plan(ours[0].config, mode, **options)))
 
 
 def new(text):
@@ -130,6 +130,9 @@ def test_a_stranger_gets_the_models_outputs(found, ours, runs):
 def test_a_stranger_gets_the_texts_of_sample_py(found, ours):
     plain = greedy(ours, "full")["token_ids"]
     assert all(new(text) == plain for text in found["plain"])
+    # as if the fifth new token ended documents
+    assert [new(text) for text in found["ended"]] == 2 * [plain[:plain.index(plain[4]) + 1]]
+    assert found["bos alone"][0, 1:].tolist() == greedy(ours, "full", prompt="")["token_ids"][:5]
     wand = greedy(ours, "wand", bounds=BOUNDS)
     assert new(found["wand"]) == wand["token_ids"] and set(wand["depths"]) == {1, 2, 3}
     assert new(found["prefix"]) == greedy(ours, "prefix", prefix=2)["token_ids"] != plain
@@ -139,7 +142,8 @@ def test_a_stranger_gets_the_texts_of_sample_py(found, ours):
 
 
 def test_ids_are_the_tokenizers(found, ours):
-    assert found["ids"] == [ours[1].encode(text) for text in found["texts"]]
+    # every text begins with bos
+    assert torch.equal(found["ids"], torch.from_numpy(ours[1].encode_documents(found["texts"])).long())
 
 
 def test_lm_eval_finds_the_models_log_likelihoods(found, ours):
@@ -160,6 +164,7 @@ def test_saving_again_gives_equal_files(found, published):
 
 def test_what_was_published_comes_back_by_import(runs, published, data, tmp_path):
     spoken(publish.main, "--import", published / "0/main", "--out", tmp_path / "again" / STEP)
+    assert read_json(tmp_path / "again" / STEP / "config.json")[BOUNDS_KEY] == BOUNDS
     measure(tmp_path / "again", data)
     before, after = (read_json(run / STEP / "metrics.json") for run in (runs / "0", tmp_path / "again"))
     # the log stays behind
@@ -180,7 +185,7 @@ def test_what_was_published_comes_back_by_import(runs, published, data, tmp_path
     (["--import", "published/main", "--out", f"new/{STEP}", "--rename", '{"wte": "embedding"}'], "wte"),
     (["run", "--out", "run"], "something else"),
     (["other", "--out", "published", "--folders"], "something else"),
-    (["run"], "--out")])
+    (["--import", "published/main"], STEP)])
 def test_bad_input_gets_one_line_and_writes_nothing(
         argv, word, runs, published, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -189,24 +194,31 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     assert word in refused(publish.main, *argv) and not Path("new").exists()
 
 
-def test_git_branches_change_only_with_their_checkpoints(runs, tmp_path):
+def test_git_branches_change_only_with_their_checkpoints(runs, tmp_path, monkeypatch):
     run = shutil.copytree(runs / "0", tmp_path / "run")
     later = (run / STEP).rename(tmp_path / "later")
     out = tmp_path / "repository"
     commits = []
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "somebody")
     for _ in range(3):
-        assert "push --all" in spoken(publish.main, run, "--out", out)
-        text = publish.git(out, "for-each-ref", "--format=%(refname:short) %(objectname)").decode()
+        assert "push --force --all" in spoken(publish.main, run, "--out", out, "--license", "mit")
+        text = publish.git(out, "for-each-ref", "--format=%(refname:short) %(objectname)")
         commits.append(dict(line.split() for line in text.splitlines()))
         if later.exists():
             later.rename(run / STEP)
+            # interrupted, or another branch checked out
+            (out / "trajectory.csv").unlink()
     first, second, third = commits
     assert first.keys() == {"step-00003", "main"} and second.keys() == {"step-00003", STEP, "main"}
     assert first["step-00003"] == second["step-00003"] and first["main"] != second["main"] and second == third
     # main is checked out: the newest, and an index of all
     line = list(csv.DictReader((out / "trajectory.csv").open()))[1]
+    bpb = read_json(out / "metrics.json")["bpb"]
     assert line["branch"] == STEP and line["weights_sha256"] == sha256_of(out / "model.safetensors")
-    assert float(line["bpb_s2"]) == read_json(out / "metrics.json")["bpb"]["single"][2]
+    assert line["checkpoint_sha256"] == sha256_of(run / STEP / "model.pt")
+    assert [float(line[name]) for name in ("bpb_full", "bpb_s2")] == [bpb["full"], bpb["single"][2]]
+    assert publish.git(out, "log", "--all", "--format=%an%ae%cn%ce").split() == 4 * ["publish.pypublish.py"]
+    assert "license: mit\npipeline_tag: text-generation\n" in (out / "README.md").read_text()
     assert [line[name] for name in ("tokens_seen", "phase", "rel_it", "lrm")] == ["768", "1", "6", "0.05"]
 
 

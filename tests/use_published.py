@@ -49,7 +49,12 @@ with torch.no_grad():
         "each": [model.generate(tokenizer(prompt, return_tensors="pt").input_ids, **new)[0, -24:]
                  for prompt in prompts]}
 found["logits"] = [output.logits for output in found["logits"]]
-found["ids"] = [tokenizer(text)["input_ids"] for text in json.loads(Path(texts).read_text())]
+found["bos alone"] = model.generate_speculative(ids[:, :1], 5)
+model.generation_config.eos_token_id = card["out"][0, ids.size(1) + 4].item()
+found["ended"] = [model.generate(ids, **new, attention_mask=torch.ones_like(ids)),
+                  model.generate_speculative(ids, 24)]
+encoded = tokenizer(json.loads(Path(texts).read_text()))["input_ids"]
+found["ids"] = torch.tensor([token for document in encoded for token in document])
 
 with tempfile.TemporaryDirectory() as again:
     model.save_pretrained(again)
