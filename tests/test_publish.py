@@ -54,7 +54,7 @@ def measure(path, data):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """Two runs of large weights; the first was measured, and given bounds of its own."""
+    """Two runs of large weights; the first's last step was measured, and given bounds of its own."""
     def draw(model, seed):
         torch.manual_seed(seed)
         for p in model.parameters():
@@ -66,7 +66,7 @@ def runs(data, tmp_path_factory):
         for seed in (0, 1):
             spoken(train.main, *SMALL, *"--sequence-len 64 --total-batch-tokens 128 --dtype float32".split(),
                    "--peak-lrm", 0.01, "--seed", seed, "--data", data, "--out", folder / str(seed))
-    measure(folder / "0", data)
+    measure(folder / "0" / STEP, data)
     config = folder / "0" / STEP / "config.json"
     write_json(config, read_json(config) | {BOUNDS_KEY: BOUNDS})
     return folder
@@ -165,7 +165,7 @@ def test_saving_again_gives_equal_files(found, published):
 def test_what_was_published_comes_back_by_import(runs, published, data, tmp_path):
     spoken(publish.main, "--import", published / "0/main", "--out", tmp_path / "again" / STEP)
     assert read_json(tmp_path / "again" / STEP / "config.json")[BOUNDS_KEY] == BOUNDS
-    measure(tmp_path / "again", data)
+    measure(tmp_path / "again" / STEP, data)
     before, after = (read_json(run / STEP / "metrics.json") for run in (runs / "0", tmp_path / "again"))
     # the log stays behind
     assert before | {"train_log_bpb": None} == after

@@ -28,8 +28,8 @@ def load(path, **more):
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **more)
 
 
-def drafted(model):
-    return [model.generate_speculative(ids, 24, n) for n in (0, 1, 4, 15)]
+def drafted(model, *lengths):
+    return [model.generate_speculative(ids, 24, n) for n in lengths]
 
 
 # the other folder has the same last name, and shards
@@ -41,12 +41,12 @@ with torch.no_grad():
         "logits": [model(ids), model(ids, stage=0), model(ids, stage=2), model(ids, prefix=2),
                    model(ids, poe_alpha=0.5), load(other, dtype=torch.float32)(ids), half(ids)],
         "loss": model(ids, labels=ids).loss,
-        "plain": [card["out"], model.generate(ids, **new, use_cache=False), *drafted(model)],
-        "half": drafted(half),
+        "plain": [card["out"], model.generate(ids, **new, use_cache=False), *drafted(model, 0, 4, 15)],
+        "half": drafted(half, 0, 4),
         "prefix": model.generate(ids, **new, prefix=2),
         "wand": model.generate_wand(ids, 24),
-        "batch": model.generate(**batch, **new)[:, -24:],
-        "each": [model.generate(tokenizer(prompt, return_tensors="pt").input_ids, **new)[0, -24:]
+        "batch": model.generate(**batch, max_new_tokens=9)[:, -9:],
+        "each": [model.generate(tokenizer(prompt, return_tensors="pt").input_ids, max_new_tokens=9)[0, -9:]
                  for prompt in prompts]}
 found["logits"] = [output.logits for output in found["logits"]]
 found["bos alone"] = model.generate_speculative(ids[:, :1], 5)
