@@ -20,7 +20,7 @@ from .model import KVCache, ModelConfig, PoE, combine, rotary_tables
 
 # transformers' name of a cache, which it changed
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# rows of an upper stage's pass in `decode`, and the most positions that it judges at once
+# rows of a pass of several stages in `decode`, used or not, so that a row's bits depend on nothing beside it
 TILE = 16
 
 
@@ -123,7 +123,7 @@ class CognicaPoEForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def generate_speculative(self, input_ids, max_new_tokens=64, draft_len=4):
-        """Greedy text by the product: stage 0 drafts some tokens, then all stages judge them at once.
+        """Greedy text by the product: stage 0 drafts up to 15 tokens, then all stages judge them at once.
 
         input_ids: int64 (1, T). Returns int64 (1, T + new), which ends with the eos token where that was met.
         The text is that of every other draft_len, 0 included, in every dtype. `generate` makes passes of
@@ -154,12 +154,12 @@ def decode(model, input_ids, max_new_tokens, n, bounds):
     config = poe.config
     known = input_ids.size(1)
     end = known + max_new_tokens
-    if len(input_ids) != 1 or not 1 <= known < end <= config.sequence_len + 1 or n < 1:
-        raise ValueError(f"{len(input_ids)} rows of {known} tokens, {max_new_tokens} new ones, {n - 1} "
-                         f"drafts: this takes one row, and at most {config.sequence_len + 1} tokens in all")
+    if len(input_ids) != 1 or not 1 <= known < end <= config.sequence_len + 1 or not 1 <= n <= TILE:
+        raise ValueError(f"{len(input_ids)} rows of {known} tokens, {max_new_tokens} new, {n - 1} drafts: "
+                         f"one row, {config.sequence_len + 1} tokens and {TILE - 1} drafts at most")
     # a single stage would only draft for itself
     n = n if config.n_stage > 1 else 1
-    slots = torch.arange(end + n + TILE, device=model.device)
+    slots = torch.arange(end + 2 * TILE, device=model.device)
     tokens = F.pad(input_ids, (0, len(slots) - known))
     cache = KVCache(config, 1, len(slots), model.device, model.dtype)
     # positions that each stage has run
@@ -170,7 +170,7 @@ def decode(model, input_ids, max_new_tokens, n, bounds):
         at = slots[done[prefix - 1]:until]
         T = len(at)
         if prefix > 1:
-            # whole tiles: a row's bits do not depend on how many rows are in use
+            # whole tiles
             at = slots[until - T:until + -T % TILE]
         cache.place(at[None], len(slots))
         x = x0 = poe.embed(tokens[:, at])
