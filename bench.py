@@ -112,8 +112,9 @@ def print_result(rows, config, device, dtype, **more):
 @dataclass(frozen=True)
 class TrainBench(Bench):
     preset: str = flag("3b", "shape of the model", choices=tuple(PRESETS))
-    variants: str = flag("poe,bp,naive", "which of poe, bp, naive and nanochat, in this order; poe:8 takes "
-                         "micro-batches of 8 sequences, nanochat the checkout in $NANOCHAT_DIR")
+    variants: str = flag("poe,bp,naive", "which of poe, bp, naive and nanochat, in this order; poe-fp8 and "
+                         "nanochat-fp8 multiply in 8 bits, poe:8 takes micro-batches of 8 sequences, "
+                         "nanochat the checkout in $NANOCHAT_DIR")
     total_batch_tokens: int = flag(65536, "tokens of an optimizer step", low=1)
     device_batch_size: int = flag(4, "sequences in a forward and backward pass", low=1)
     compile: bool = flag(None, "compile (default: on cuda)")
@@ -123,8 +124,9 @@ def parse_variants(config):
     """{label: (variant's name, sequences in a micro-batch)} of --variants. Raises ValueError."""
     found = {}
     for label in config.variants.split(","):
-        if not re.fullmatch(r"(poe|bp|naive|nanochat)(:[1-9]\d*)?", label):
-            raise ValueError(f"--variants has {label!r}; choose from poe, bp, naive, nanochat, or poe:8")
+        if not re.fullmatch(r"((poe|nanochat)(-fp8)?|bp|naive)(:[1-9]\d*)?", label):
+            raise ValueError(f"--variants has {label!r}; choose from poe, bp, naive, nanochat, poe-fp8, "
+                             f"nanochat-fp8, or poe:8")
         name, _, n_rows = label.partition(":")
         n_rows = int(n_rows or config.device_batch_size)
         tokens = n_rows * PRESETS[config.preset].sequence_len
@@ -140,8 +142,9 @@ def parse_variants(config):
 Variant = namedtuple("Variant", "model step flops make_optimizer")
 
 
-def real_step(model, batches, scale):
+def real_step(model, batches, scale, fp8=False):
     """Forward and backward as train.py makes them."""
+    model.fp8 = fp8
     model.cast_weights()
     for number, (idx, targets) in enumerate(batches):
         for _ in model.backward_by_stage(idx, targets, scale, number == len(batches) - 1):
@@ -152,11 +155,6 @@ def naive_step(model, batches, scale):
     """The same gradients the obvious way: two matmuls a head, all logits, one backward over all stages, and
     weights cast in every micro-batch.
     """
-    # undo what `PoE.cast_weights` did for the other variants
-    model.merged_heads = None
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.cast = None
     for idx, targets in batches:
         x = x0 = model.embed(idx)
         nats = 0.0
@@ -185,7 +183,7 @@ def backprop_twin(model):
     return twin
 
 
-def nanochat_variant(config, device, compile):
+def nanochat_variant(config, device, compile, fp8):
     """nanochat's model at this shape: full windows, n_kv_head and MLP width as ours, PyTorch's attention.
 
     Its smear, backout, value embeddings and scalars stay as they are; it casts its weights at every forward
@@ -209,13 +207,17 @@ def nanochat_variant(config, device, compile):
     model.to_empty(device=device)
     model.init_weights()
     fill_zeros(model)
+    if fp8:
+        from nanochat.fp8 import convert_to_float8_training
+        # as its base_train.py: all but the gates
+        convert_to_float8_training(model, module_filter_fn=lambda m, _: min(m.weight.shape) >= 128)
     if compile:
         model.compile(dynamic=False)
     return Variant(model, nanochat_step, model.estimate_flops(), model.setup_optimizer)
 
 
-def build_variants(config, device, dtype, compile):
-    """{name: Variant}; poe, bp and naive share one set of weights."""
+def build_variants(config, names, device, dtype, compile):
+    """{name: Variant}; poe, bp, naive and poe-fp8 share one set of weights. names: a set, those to build."""
     model = random_model(config.preset, device, dtype)
     if compile:
         model.compile_regions()
@@ -226,9 +228,9 @@ def build_variants(config, device, dtype, compile):
         return Variant(model, step, flops_per_token(model.config), make_optimizer)
 
     variants = {"poe": ours(model, real_step), "bp": ours(backprop_twin(model), real_step),
-                "naive": ours(model, naive_step)}
-    if "nanochat" in config.variants:
-        variants["nanochat"] = nanochat_variant(model.config, device, compile)
+                "naive": ours(model, naive_step), "poe-fp8": ours(model, partial(real_step, fp8=True))}
+    for name in names & {"nanochat", "nanochat-fp8"}:
+        variants[name] = nanochat_variant(model.config, device, compile, name == "nanochat-fp8")
     return variants
 
 
@@ -236,9 +238,13 @@ def build_variants(config, device, dtype, compile):
 # Training: measuring
 
 def free_memory(variants):
-    """Let gradients go, and what the allocator keeps of them."""
+    """Let gradients and casts go, and what the allocator keeps of them."""
     for variant in variants.values():
         variant.model.zero_grad()
+        variant.model.merged_heads = None
+        for module in variant.model.modules():
+            if isinstance(module, Linear):
+                module.cast = None
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -306,7 +312,8 @@ def bench_train(**given):
     labels = parse_variants(config)
     device, dtype = choose_device(config.device, config.dtype)
     compile = device.type == "cuda" if config.compile is None else config.compile
-    variants = build_variants(config, device, dtype, compile)
+    names = {name for name, _ in labels.values()}
+    variants = build_variants(config, names, device, dtype, compile)
     measured = time_steps(config, labels, variants, device)
     rows = []
     for label, rounds in measured.items():

@@ -50,6 +50,10 @@ ROPE_BASE = 100_000
 # 16,384 at once 9.9 ms and 2.1 GiB.
 LOSS_CHUNK_LOGITS = {"cpu": 2 ** 20, "cuda": 4096 * 32768}
 OBJECTIVES = ("poe", "joint", "bp")
+# floating point in 8 bits: 3 of mantissa for activations and weights, 2 and a wider range for gradients
+E4M3 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
+TINY = torch.finfo(torch.float32).tiny
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,20 +231,23 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
-        # the weight in the compute dtype, kept by `PoE.cast_weights`
+        # the weight in the compute dtype, or what `quantize` makes of it, kept by `PoE.cast_weights`
         self.cast = None
 
     def reset_parameters(self):
         """Do nothing: PoE.init_weights or a checkpoint sets every weight."""
 
     def forward(self, x):
-        if self.cast is None:
+        if not isinstance(self.cast, torch.Tensor):
             return F.linear(x, self.weight.to(x.dtype))
         return LinearByCast.apply(x, self.weight, self.cast, self.weight.grad)
 
-    def keep_cast(self, dtype):
-        """Cast the weight for all passes until the next call, and make sure that it has a gradient."""
-        self.cast = self.weight.to(dtype) if self.cast is None else self.cast.copy_(self.weight)
+    def keep_cast(self, dtype, cast=torch.Tensor.to):
+        """Cast the weight for all passes until the next call, and make sure that it has a gradient.
+
+        cast: a function of the weight and dtype.
+        """
+        self.cast = cast(self.weight, dtype)
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
 
@@ -262,6 +269,80 @@ class LinearByCast(torch.autograd.Function):
         x, cast, weight_grad = ctx.saved_tensors
         add_weight_grad_op(weight_grad, grad.flatten(0, -2), x.flatten(0, -2))
         return grad @ cast, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Training the MLP in 8 bits (fp8)
+
+def quantize(x, dtype):
+    """Round a matrix to float8 with one scale, its largest magnitude over the largest number of the type.
+
+    x: (n, c). dtype: E4M3 or E5M2. Returns (x8 (n, c), its transpose (c, n), scale: float32, 0-d); x is about
+    x8 * scale. Two passes over x where compiled: one for the scale, one that writes both layouts.
+    """
+    largest = x.abs().amax().float()
+    scale = (largest / torch.finfo(dtype).max).clamp(min=TINY)
+    # on a GPU a division, or a root below, would take longer than the memory does
+    x8 = (x.float() * scale.reciprocal()).to(dtype)
+    return x8, x8.T.contiguous(), scale
+
+
+def scaled_product(a, a_scale, b, b_scale, dtype, fast=False):
+    """a b^T of float8 numbers times their scales, in `dtype`. a: (n, c), b: (m, c).
+
+    fast: sum in the tensor cores alone, with 14 bits or so; else in float32, as a CPU always does.
+    """
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.T, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
+    return (a.float() @ b.float().T * (a_scale * b_scale)).to(dtype)
+
+
+def add_scaled_product(weight_grad: torch.Tensor, a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor,
+                       b_scale: torch.Tensor) -> None:
+    weight_grad += scaled_product(a, a_scale, b, b_scale, weight_grad.dtype)
+
+
+add_scaled_product_op = torch.library.custom_op("poe::add_scaled_product", add_scaled_product,
+                                                mutates_args=("weight_grad",))
+
+
+class MLPByFloat8(torch.autograd.Function):
+    """The MLP with all its products in float8; the backward adds to the weights' gradients in float32.
+
+    product             types           result
+    a   = x W1^T        E4M3, E4M3      dtype of x, summed fast
+    y   = h W2^T        E4M3, E4M3      dtype of x, summed fast; h = relu(a)^2
+    dh  = dy W2         E5M2, E4M3      dtype of x
+    dW2 = dy^T h        E5M2, E4M3      float32
+    dx  = da W1         E5M2, E4M3      dtype of x; da = dh 2 relu(a)
+    dW1 = da^T x        E5M2, E4M3      float32
+
+    Types after Micikevicius et al. 2022 (arXiv 2209.05433); a tensor's scale is of that very tensor, as in
+    nanochat's fp8.py. The tensor cores read both sides along the dimension that is summed over, hence the
+    transposes. The backward takes relu(a) from h, so that it needs no 16-bit tensor.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *kept):
+        _, _, fc, _, fc_scale, proj, _, proj_scale = kept
+        x8, x_t, x_scale = quantize(x.flatten(0, -2), E4M3)
+        a = scaled_product(x8, x_scale, fc, fc_scale, x.dtype, fast=True)
+        h, h_t, h_scale = quantize(F.relu(a).square(), E4M3)
+        ctx.save_for_backward(x_t, x_scale, h, h_t, h_scale, *kept)
+        return scaled_product(h, h_scale, proj, proj_scale, x.dtype, fast=True).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_t, x_scale, h, h_t, h_scale, *kept = ctx.saved_tensors
+        fc_grad, proj_grad, _, fc_t, fc_scale, _, proj_t, proj_scale = kept
+        dy, dy_t, dy_scale = quantize(grad.flatten(0, -2), E5M2)
+        add_scaled_product_op(proj_grad, dy_t, dy_scale, h_t, h_scale)
+        dh = scaled_product(dy, dy_scale, proj_t, proj_scale, grad.dtype)
+        square = (h.float() * h_scale).clamp(min=TINY)
+        da, da_t, da_scale = quantize(dh * 2 * square * square.rsqrt(), E5M2)
+        add_scaled_product_op(fc_grad, da_t, da_scale, x_t, x_scale)
+        dx = scaled_product(da, da_scale, fc_t, fc_scale, grad.dtype)
+        return dx.view(grad.shape), *[None] * len(kept)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,7 +442,12 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.mlp_hidden, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        fc = self.c_fc
+        proj = self.c_proj
+        # validation multiplies in the dtype of x
+        if isinstance(fc.cast, tuple) and torch.is_grad_enabled():
+            return MLPByFloat8.apply(x, fc.weight.grad, proj.weight.grad, *fc.cast, *proj.cast)
+        return proj(F.relu(fc(x)).square())
 
 
 class Block(nn.Module):
@@ -404,8 +490,11 @@ class PoE(nn.Module):
         self.layers_of_stage = [range(end - n, end) for end, n in zip(ends, config.stage_layers)]
         # kept by `cast_weights` and `freeze_for_inference`
         self.merged_heads = None
-        # its compiled form after `compile_regions`
+        # whether `cast_weights` makes the MLPs' casts for 8 bits
+        self.fp8 = False
+        # their compiled forms after `compile_regions`
         self.chunk_loss = cross_entropy_chunk
+        self.quantize = quantize
         for name, table in zip(("cos", "sin"), rotary_tables(config)):
             self.register_buffer(name, table.to(self.wte.weight.device), persistent=False)
 
@@ -554,11 +643,12 @@ class PoE(nn.Module):
         return [name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes))]
 
     def compile_regions(self):
-        """Compile a block (one compilation serves all layers) and the loss's elementwise part."""
+        """Compile a block (one compilation serves all layers) and elementwise parts beside it."""
         # A block is compiled for each kind of call: a value embedding or none, x and x0 with gradients or
         # without, training or not, a last batch of fewer rows. Beyond its limit of 8 dynamo runs uncompiled.
         torch._dynamo.config.recompile_limit = 64
         self.chunk_loss = torch.compile(cross_entropy_chunk, dynamic=False)
+        self.quantize = torch.compile(quantize, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -569,11 +659,15 @@ class PoE(nn.Module):
         Without it each micro-batch casts them anew, and rounds its gradients of matrices to bfloat16 before
         they are summed; losses are the same to the bit. 2 bytes a matrix element in bfloat16.
         """
-        if self.compute_dtype == self.lm_head.weight.dtype:
-            return
-        for module in self.blocks.modules():
+        rounds = self.compute_dtype != self.lm_head.weight.dtype
+        for name, module in self.blocks.named_modules():
             if isinstance(module, Linear):
-                module.keep_cast(self.compute_dtype)
+                if self.fp8 and ".mlp." in name:
+                    module.keep_cast(E4M3, self.quantize)
+                elif rounds:
+                    module.keep_cast(self.compute_dtype)
+        if not rounds:
+            return
         # without this, `head_weight` would return those of the old weights
         self.merged_heads = None
         self.merged_heads = [self.head_weight(k) for k in range(self.config.n_stage)]

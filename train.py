@@ -128,6 +128,8 @@ class TrainConfig(DeviceFlags):
     seed: int = flag(0, "of the initial weights and of the order of the data", low=0, high=2 ** 63 - 1)
     compile: bool = flag(None, "compile the blocks, the loss and the optimizer's elementwise work (default: "
                                "on cuda only)")
+    fp8: bool = flag(False, "multiply in 8 bits in the blocks' MLPs, on cuda from an H100 on; a CPU emulates "
+                            "it")
     dry_run: bool = flag(False, "print sizes, FLOPs, schedule and memory, and exit")
     # model
     objective: str = flag("poe", "poe: local losses; joint: the same losses without the detach; bp: one loss "
@@ -208,8 +210,6 @@ def resolve_config(given, restarted=False):
     restarted: torchrun started the same command again, which then goes on with what it had begun.
     Returns (TrainConfig, phase table): rows of config.json's "phases"; the last is completed by `phase_row`.
     """
-    if "resume" in given and "continue_from" in given:
-        raise ValueError("--resume goes on with a run and --continue-from opens a new one: give one of them")
     if "resume" in given:
         return resumed_config(given)
     config, rows = continued_config(given) if "continue_from" in given else new_config(given)
@@ -248,7 +248,7 @@ def resumed_config(given):
     if not (out / "config.json").exists() or (out / "manifest.json").exists():
         raise ValueError(f"--resume {out} is not a run, a folder with config.json and step-XXXXX in it; "
                          f"give one, or start one with --out")
-    fixed = (*SHAPE_FLAGS, "total_batch_tokens", "reset_optimizer", "out")
+    fixed = (*SHAPE_FLAGS, "total_batch_tokens", "continue_from", "reset_optimizer", "out")
     refuse(given, fixed, f"--resume {out}, which has its own")
     record = read_record(out)
     return TrainConfig(**{**record["train"], **given, "out": str(out)}), record["phases"]
@@ -355,7 +355,18 @@ def build_model(config, model_config, device, dtype):
     if dtype == torch.float64:
         model.double()
     model.init_weights(config.seed)
+    model.fp8 = config.fp8
     return model
+
+
+def check_fp8(config, device):
+    """Raise ValueError where this GPU cannot multiply this model in 8 bits; a CPU emulates it."""
+    sizes = (config.n_embd, config.mlp_hidden, config.device_batch_size * config.sequence_len)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if capability < (9, 0) or any(size % 16 for size in sizes):
+        raise ValueError(f"--fp8 needs compute capability 9.0 or more (an H100 or newer), which on this "
+                         f"device is {capability}, and multiples of 16 in --n-embd, --mlp-hidden and the "
+                         f"tokens of a micro-batch, which are {sizes}")
 
 
 def open_training_data(config, rows, ranks):
@@ -512,9 +523,10 @@ def memory_estimate(model_config, config, world_size):
     params = count_parameters(model_config)
     layers = max(model_config.stage_layers) if model_config.objective == "poe" else model_config.n_layer
     kv_dim = model_config.n_kv_head * model_config.head_dim
-    # a compiled block keeps 2 MLP-wide, 6 stream-wide and 6 KV-wide tensors a token, in bfloat16 (d12 on an
-    # H100: 16.7 GiB estimated in all, 16.9 measured)
-    kept = 2 * (2 * model_config.mlp_hidden + 6 * model_config.n_embd + 6 * kv_dim)
+    # a compiled block keeps 2 MLP-wide tensors a token in bfloat16 (with --fp8 one of 8 bits), 6 stream-wide
+    # and 6 KV-wide ones (d12 on an H100: 16.7 GiB estimated in all, 16.9 measured)
+    mlp_bytes = 1 if config.fp8 else 4
+    kept = mlp_bytes * model_config.mlp_hidden + 2 * 6 * (model_config.n_embd + kv_dim)
     tokens = config.device_batch_size * config.sequence_len
     logits = min(tokens * model_config.vocab_size, LOSS_CHUNK_LOGITS["cuda"])
     heads = model_config.n_stage * model_config.vocab_size * model_config.n_embd
@@ -574,6 +586,8 @@ def prepare(config, rows, ranks):
     model_config = config.model_config()
     with ranks.together():
         device, dtype = choose_device(config.device, config.dtype, ranks)
+        if config.fp8:
+            check_fp8(config, device)
     compiling = device.type == "cuda" if config.compile is None else config.compile
     data, train_mix, stream_start = open_training_data(config, rows, ranks)
     slices = validation_slices(data, rows, config, ranks)

@@ -71,6 +71,14 @@ def test_compiled_bfloat16_training_is_float32_training_within_bfloat16():
     assert_close(losses_and_gradients(model), losses_and_gradients(make(torch.float32)))
 
 
+def test_compiled_training_in_fp8_is_float32_training_within_its_rounding():
+    model = make(torch.bfloat16)
+    model.fp8 = True
+    model.compile_regions()
+    model.cast_weights()
+    assert_close(losses_and_gradients(model), losses_and_gradients(make(torch.float32)))
+
+
 def test_kept_casts_sum_gradients_in_float32_when_compiled():
     once = losses_and_gradients(make(torch.bfloat16))
     model = make(torch.bfloat16)

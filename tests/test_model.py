@@ -13,7 +13,20 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from model import PRESETS, KVCache, Linear, ModelConfig, PoE, combine, count_parameters, norm
+from model import (
+    E4M3,
+    E5M2,
+    MLP,
+    PRESETS,
+    KVCache,
+    Linear,
+    ModelConfig,
+    PoE,
+    combine,
+    count_parameters,
+    norm,
+    quantize,
+)
 
 CONFIG = dict(sequence_len=13, vocab_size=23, n_layer=5, n_embd=12, n_head=6, n_kv_head=3, mlp_hidden=17,
               stage_layers=(2, 1, 2))
@@ -210,24 +223,62 @@ def test_gradients_of_kept_casts_are_summed_in_float32(keep):
     assert error < 1e-6 if keep else error > 1e-4
 
 
-def test_no_kind_of_a_block_is_left_uncompiled(monkeypatch):
+def in_8_bits(x, dtype):
+    """x rounded to float8 by one scale, as float64."""
+    scale = x.abs().max() / torch.finfo(dtype).max
+    return (x / scale).to(dtype).double() * scale
+
+
+def test_an_mlp_in_fp8_is_its_twin_in_float64_whose_factors_are_rounded():
+    generator = torch.Generator().manual_seed(0)
+    mlp = MLP(ModelConfig(**CONFIG | {"n_embd": 48, "mlp_hidden": 160}))
+    x, upstream = torch.randn(2, 3, 32, 48, generator=generator)
+    grads = 0
+    for number in range(2):
+        for linear in (mlp.c_fc, mlp.c_proj):
+            torch.nn.init.normal_(linear.weight, generator=generator)
+            linear.keep_cast(E4M3, quantize)
+        x.requires_grad_().grad = None
+        y = mlp(x)
+        y.backward(upstream)
+
+        rows = in_8_bits(x.detach().double().flatten(0, 1), E4M3)
+        fc, proj = (in_8_bits(linear.weight.detach().double(), E4M3) for linear in (mlp.c_fc, mlp.c_proj))
+        h = in_8_bits(F.relu(rows @ fc.T).square(), E4M3)
+        dy = in_8_bits(upstream.double().flatten(0, 1), E5M2)
+        da = in_8_bits((dy @ proj) * 2 * h.sqrt(), E5M2)
+        # a second pass adds to the gradients
+        grads = grads + torch.cat([(da.T @ rows).flatten(), (dy.T @ h).flatten()])
+        ours = torch.cat([mlp.c_fc.weight.grad.flatten(), mlp.c_proj.weight.grad.flatten()])
+        for a, b in ((y.flatten(0, 1), h @ proj.T), (x.grad.flatten(0, 1), da @ fc), (ours, grads)):
+            # a number between two of float8 may be rounded to the other
+            assert (a - b).norm() < 1e-3 * b.norm()
+    with torch.no_grad():
+        # validation is not rounded
+        assert torch.equal(mlp(x), F.linear(F.relu(F.linear(x, mlp.c_fc.weight)).square(), mlp.c_proj.weight))
+
+
+# its own limit is 8; this model is small
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_no_kind_of_a_block_is_left_uncompiled(fp8, monkeypatch):
     """Training, then a last batch of one row: dynamo raises where it would run a block uncompiled."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    # its own is 8; this model is small
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
     torch._dynamo.utils.counters.clear()
     model = PoE(ModelConfig(**{**CONFIG, "n_layer": 4, "stage_layers": (2, 2)}), torch.bfloat16)
     model.init_weights(0)
+    model.fp8 = fp8
     model.compile_regions()
     model.cast_weights()
+    assert isinstance(model.blocks[0].mlp.c_fc.cast, tuple) == fp8
     list(model.backward_by_stage(*tokens(), 1 / 33))
     with torch.no_grad():
         list(model.boundaries(tokens(1)[0]))
     # training: the first block, whose x is x0, then gradients of both, of none, of x alone; the loss.
     # Validation: the first block, a value embedding or none.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4 + 1 + 3
+    # In fp8, each of the two matrices as it is rounded.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4 + 1 + 3 + 2 * fp8
     torch._dynamo.reset()
 
 

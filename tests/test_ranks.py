@@ -121,6 +121,17 @@ def test_any_world_size_trains_the_run_of_one_rank(twenty, one_rank, tmp_path):
     assert len(list((run / "step-00020" / "optim").iterdir())) == 3
 
 
+def test_in_fp8_a_run_that_two_ranks_go_on_with_is_the_run_of_one(data, tmp_path):
+    argv = [*TWENTY, *"--n-embd 48 --mlp-hidden 32 --fp8".split(), "--data", data, "--out"]
+    train_run(*argv, tmp_path / "one")
+    run = shutil.copytree(tmp_path / "one", tmp_path / "run")
+    shutil.rmtree(run / "step-00020")
+    codes, output = run_ranks(2, ["--resume", run], tmp_path)
+    assert codes == [0, 0], output
+    assert distance(run, tmp_path / "one") < 1e-10
+    assert all(line["config"]["fp8"] for line in log_lines(run, "header"))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_state_saved_by_four_ranks_is_read_by_any_other_number(world, four_ranks):
     step = four_ranks / "step-00010"

@@ -293,7 +293,7 @@ def test_dry_run_prints_the_plan_as_json_and_writes_nothing(preset, tmp_path, mo
     ("--vocab-size 40000", "32768"), ("--total-batch-tokens 1000", "1000"), ("--device-batch-size 3", "768"),
     ("--num-steps 0", "num-steps"), ("--matrix-lr nan", "matrix-lr"), ("--warmup-steps 399", "399"),
     ("--data no/such/folder", "manifest.json"), ("--resume no/such/run", "no/such/run"),
-    ("--objective bp --stage-layers 2,3", "bp"), ("--out=", "--out"),
+    ("--objective bp --stage-layers 2,3", "bp"), ("--out=", "--out"), ("--fp8 --n-embd 40 --n-head 4", "(40, 384, 2048)"),
     ("--reset-optimizer", "--continue-from")])
 def test_bad_flags_get_one_line_and_write_nothing(argv, word, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
@@ -305,7 +305,7 @@ def test_bad_flags_get_one_line_and_write_nothing(argv, word, tmp_path, monkeypa
     ("--out {run}", "already holds a run"), ("--resume {run} --n-embd 24", "--n-embd"),
     ("--resume {run}/step-00003", "--resume {run}/step-00003 is not a run"),
     ("--resume {run} --num-steps 4 --warmup-steps 1", "past the run's end, step 4"),
-    ("--resume {run} --continue-from {run}/step-00006", "one of them"),
+    ("--resume {run} --continue-from {run}/step-00006", "--continue-from cannot"),
     ("--continue-from {run} --out b", "RUN/step-XXXXX"),
     ("--continue-from {run}/step-00006 --out {run}", "already holds a run"),
     ("--continue-from {run}/step-00006 --out b --n-layer 4 --preset tiny", "--preset, --n-layer cannot"),
