@@ -287,31 +287,30 @@ def quantize(x, dtype):
     return x8, x8.T.contiguous(), scale
 
 
-def scaled_product(a, a_scale, b, b_scale, dtype, fast=False):
+def scaled_product(a, a_scale, b, b_scale, dtype):
     """a b^T of float8 numbers times their scales, in `dtype`. a: (n, c), b: (m, c).
 
-    fast: sum in the tensor cores alone, with 14 bits or so; else in float32, as a CPU always does.
+    Unless for a result in float32, a GPU sums with some 14 bits of mantissa: over 12,800 terms that is off by
+    0.3 % in norm, the rounded factors by 4 %.
     """
     if a.is_cuda:
+        fast = dtype != torch.float32
         return torch._scaled_mm(a, b.T, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
     return (a.float() @ b.float().T * (a_scale * b_scale)).to(dtype)
 
 
+@torch.library.custom_op("poe::add_scaled_product", mutates_args=("weight_grad",))
 def add_scaled_product(weight_grad: torch.Tensor, a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor,
                        b_scale: torch.Tensor) -> None:
     weight_grad += scaled_product(a, a_scale, b, b_scale, weight_grad.dtype)
-
-
-add_scaled_product_op = torch.library.custom_op("poe::add_scaled_product", add_scaled_product,
-                                                mutates_args=("weight_grad",))
 
 
 class MLPByFloat8(torch.autograd.Function):
     """The MLP with all its products in float8; the backward adds to the weights' gradients in float32.
 
     product             types           result
-    a   = x W1^T        E4M3, E4M3      dtype of x, summed fast
-    y   = h W2^T        E4M3, E4M3      dtype of x, summed fast; h = relu(a)^2
+    a   = x W1^T        E4M3, E4M3      dtype of x
+    y   = h W2^T        E4M3, E4M3      dtype of x; h = relu(a)^2
     dh  = dy W2         E5M2, E4M3      dtype of x
     dW2 = dy^T h        E5M2, E4M3      float32
     dx  = da W1         E5M2, E4M3      dtype of x; da = dh 2 relu(a)
@@ -326,21 +325,21 @@ class MLPByFloat8(torch.autograd.Function):
     def forward(ctx, x, *kept):
         _, _, fc, _, fc_scale, proj, _, proj_scale = kept
         x8, x_t, x_scale = quantize(x.flatten(0, -2), E4M3)
-        a = scaled_product(x8, x_scale, fc, fc_scale, x.dtype, fast=True)
+        a = scaled_product(x8, x_scale, fc, fc_scale, x.dtype)
         h, h_t, h_scale = quantize(F.relu(a).square(), E4M3)
         ctx.save_for_backward(x_t, x_scale, h, h_t, h_scale, *kept)
-        return scaled_product(h, h_scale, proj, proj_scale, x.dtype, fast=True).view(x.shape)
+        return scaled_product(h, h_scale, proj, proj_scale, x.dtype).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
         x_t, x_scale, h, h_t, h_scale, *kept = ctx.saved_tensors
         fc_grad, proj_grad, _, fc_t, fc_scale, _, proj_t, proj_scale = kept
         dy, dy_t, dy_scale = quantize(grad.flatten(0, -2), E5M2)
-        add_scaled_product_op(proj_grad, dy_t, dy_scale, h_t, h_scale)
+        add_scaled_product(proj_grad, dy_t, dy_scale, h_t, h_scale)
         dh = scaled_product(dy, dy_scale, proj_t, proj_scale, grad.dtype)
         square = (h.float() * h_scale).clamp(min=TINY)
         da, da_t, da_scale = quantize(dh * 2 * square * square.rsqrt(), E5M2)
-        add_scaled_product_op(fc_grad, da_t, da_scale, x_t, x_scale)
+        add_scaled_product(fc_grad, da_t, da_scale, x_t, x_scale)
         dx = scaled_product(da, da_scale, fc_t, fc_scale, grad.dtype)
         return dx.view(grad.shape), *[None] * len(kept)
 

@@ -364,9 +364,9 @@ def check_fp8(config, device):
     sizes = (config.n_embd, config.mlp_hidden, config.device_batch_size * config.sequence_len)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     if capability < (9, 0) or any(size % 16 for size in sizes):
-        raise ValueError(f"--fp8 needs compute capability 9.0 or more (an H100 or newer), which on this "
-                         f"device is {capability}, and multiples of 16 in --n-embd, --mlp-hidden and the "
-                         f"tokens of a micro-batch, which are {sizes}")
+        raise ValueError(f"--fp8 needs a GPU of compute capability 9.0 (an H100) or more, which is "
+                         f"{capability} here, and multiples of 16 as --n-embd, --mlp-hidden and tokens of a "
+                         f"micro-batch, which are {sizes}")
 
 
 def open_training_data(config, rows, ranks):
