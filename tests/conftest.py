@@ -16,6 +16,7 @@ import torch
 
 import common
 import train
+from checkpoint import read_json, resolve_checkpoint, write_json
 from dataloader import Tokenizer, write_shard
 from muon import MuonAdamW
 
@@ -27,18 +28,34 @@ SMALL = """--n-layer 4 --n-embd 12 --n-head 3 --n-kv-head 1 --mlp-hidden 20 --st
            --device cpu --warmup-steps 2 --eval-tokens 320 --num-steps 6 --save-every 3""".split()
 
 
+def table(text):
+    """The rows of a table: a line each, its cells parted by bars."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+
+
 def train_run(*argv):
     """train.py in this process."""
     train.main([str(a) for a in argv])
 
 
-def weights(step_dir):
-    return torch.load(step_dir / "model.pt", weights_only=True)
+def small_run(data, out, *argv):
+    """Train SMALL on `data` in the folder `out`."""
+    train_run(*SMALL, "--data", data, "--out", out, *argv)
+
+
+def weights(path):
+    """Those of a checkpoint, or of the newest one of a run."""
+    return torch.load(resolve_checkpoint(path) / "model.pt", weights_only=True)
 
 
 def same(a, b):
     """Whether two {name: tensor} hold the same bits."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_end(run, other):
+    """Whether two runs ended with the same weights, to the bit."""
+    return same(weights(run), weights(other))
 
 
 def log_lines(run, kind="step"):
@@ -51,11 +68,26 @@ def before_steps(patch, hook):
     patch.setattr(MuonAdamW, "step", lambda self: (hook(self), step(self)))
 
 
+def at_step(patch, step, action):
+    """Call action() before the optimizer's step of this number."""
+    before_steps(patch, lambda optimizer: next(iter(optimizer.state.values()))["step"] == step and action())
+
+
+def signal_at_step(patch, step, *signals):
+    """Send this process signals before the optimizer's step of this number."""
+    at_step(patch, step, lambda: [os.kill(os.getpid(), number) for number in signals])
+
+
+def change_json(path, **changes):
+    """Change the values of some keys of a JSON file."""
+    write_json(path, read_json(path) | changes)
+
+
 def reweigh(folder, weight=20):
     """Make the mixture of a data folder another one."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sources"][0]["weight"] = weight
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    sources = read_json(folder / "manifest.json")["sources"]
+    sources[0]["weight"] = weight
+    change_json(folder / "manifest.json", sources=sources)
 
 
 def unused_port():
@@ -90,7 +122,7 @@ def data(tmp_path_factory):
         sources.append(row)
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "sources": sources}))
+    write_json(folder / "manifest.json", {"format": 1, "sources": sources})
     return folder
 
 
@@ -106,7 +138,7 @@ def other_data(data, tmp_path):
 def trained(data, tmp_path_factory):
     """A run of six steps with step-00003 and step-00006, float64. Read only: take `run` to change it."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    train_run(*SMALL, "--data", data, "--out", out)
+    small_run(data, out)
     return out
 
 

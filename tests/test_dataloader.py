@@ -31,12 +31,7 @@ def tokenizer():
 # --------------------------------------------------------------------------------------------------
 # Tokenizer
 
-def test_the_shipped_tokenizer_has_32768_ids_and_bos_last():
-    tokenizer = Tokenizer.load()
-    assert tokenizer.encode("") == [32_767] == [tokenizer.vocab_size - 1]
-
-
-@pytest.mark.parametrize("vocab_size", [257, 300, 32_768])
+@pytest.mark.parametrize("vocab_size", [257, 32_768])
 @pytest.mark.parametrize("text", [
     "", "def f(x):\n\treturn x ** 2  # \r\n", "naïve 東京 🙂 \u0000\u0001", "<|bos|> is plain text here",
     " " * 1_000_000 + "x", "a" * 1_000_000, bytes(range(256)).decode("latin-1")])
@@ -81,10 +76,10 @@ def test_lone_surrogates_become_the_replacement_character_and_bos_counts_no_byte
     assert tokenizer.token_bytes[ids].sum() == len("na\ufffdïve 東京".encode())
 
 
-@pytest.mark.parametrize("vocab_size", [256, 32_769])
-def test_a_vocabulary_that_the_tokenizer_cannot_give_is_refused(vocab_size):
-    with pytest.raises(ValueError, match=f"vocab_size {vocab_size}.*257 to 32768"):
-        Tokenizer.load(vocab_size=vocab_size)
+def test_a_vocabulary_that_the_tokenizer_cannot_give_is_refused():
+    for vocab_size in (256, 32_769):
+        with pytest.raises(ValueError, match=f"vocab_size {vocab_size}.*257 to 32768"):
+            Tokenizer.load(vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("name, spoil", [
@@ -113,16 +108,15 @@ def test_a_shard_is_read_back_and_named_where_it_is_damaged(tokenizer, tmp_path,
 
 
 def test_open_data_reads_a_folder_of_shards(data, tmp_path):
-    mix = open_data(data, 300).train(16, 0)
-    assert [(s.name, s.weight) for s in mix.sources] == [("prose", 70), ("code", 30)]
+    assert [(s.name, s.weight) for s in open_data(data, 300).train(16, 0).sources] == [
+        ("prose", 70), ("code", 30)]
     with pytest.raises(ValueError, match="vocab_size 1024 does not fit"):
         open_data(data, 1024)
     with pytest.raises(ValueError, match="prose-train-00000.bin .*of 300 ids, than this one of 299; give"):
         open_data(data, 299).train(16, 0)
-    for content in ('{"sources": [{"name": "a"}]}', "{"):
-        (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(ValueError, match="manifest.json in .* cannot be read"):
-            open_data(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"sources": [{"name": "a"}]}')
+    with pytest.raises(ValueError, match="manifest.json in .* cannot be read"):
+        open_data(tmp_path)
 
 
 def test_validation_and_training_documents_of_the_embedded_sample_are_disjoint(monkeypatch):
@@ -176,9 +170,8 @@ def test_every_window_of_a_source_comes_once_an_epoch_in_another_order():
     mix = Mix([source("a", 30, (401,)), source("b", 10, (977,))], 10, seed=3)
     chosen, epoch, window = mix.locate(np.arange(4 * 40))
     first, second = (window[(chosen == 0) & (epoch == e)].tolist() for e in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(40))
-    assert first != second and first != sorted(first)
-    assert min(mix.first_repeats()) == int(np.argmax(mix.locate(np.arange(500))[1] > 0))
+    assert sorted(first) == sorted(second) == [*range(40)] and first != second
+    assert min(mix.first_repeats()) == np.argmax(epoch > 0)
 
 
 def test_targets_are_inputs_shifted_by_one():
@@ -212,9 +205,10 @@ def test_too_many_validation_tokens_are_refused_with_what_there_is():
 # --------------------------------------------------------------------------------------------------
 # Batches
 
-@pytest.mark.parametrize("world", [1, 2, 3, 12])
+@pytest.mark.parametrize("world", [1, 3, 12])
 def test_from_any_start_the_ranks_batches_together_are_the_same_whatever_the_world_size(world):
     mix = frontier()
+    threads = threading.active_count()
     loaders = [Loader(mix, 1000, 24, 2, rank=r, world=world) for r in range(world)]
     for start in (1000, 1024, 1048):
         rows = [next(loader)[0] for loader in loaders for _ in range(12 // world)]
@@ -222,12 +216,5 @@ def test_from_any_start_the_ranks_batches_together_are_the_same_whatever_the_wor
         assert sorted(torch.cat(rows).tolist()) == sorted(expected.tolist())
     for loader in loaders:
         loader.close()
-
-
-def test_closing_ends_the_thread_that_reads():
-    before = threading.active_count()
-    loader = Loader(frontier(), 0, 8, 4)
-    next(loader)
-    assert threading.active_count() == before + 1
-    loader.close()
-    assert threading.active_count() == before
+    # closing ends the threads that read
+    assert threading.active_count() == threads

@@ -21,16 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import train
+from conftest import table
 from data import hub as hub_module
 from data import prepare, readers
 from data.prepare import DownloadFlags, InspectFlags, TokenizeFlags, TokenizerFlags
 from dataloader import Data, Tokenizer, is_validation, open_data
 from model import PRESETS
 
-DOWNLOAD = DownloadFlags(mix="m.json")
 LIST = "/api/datasets/o/web/tree/main/web"
 WORDS = "the of and to model token stage expert a score, which (never) its bound; 1234 don't 5x\n".split(" ")
 
@@ -42,8 +43,8 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def refusing(message):
-    """A context in which ValueError is raised with a message like this."""
-    return pytest.raises(ValueError, match=message)
+    """A context in which ValueError is raised with a message like this; none where it is None."""
+    return pytest.raises(ValueError, match=message) if message else nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,18 +110,29 @@ def hub(monkeypatch):
     hub.shutdown()
 
 
+def download(refused=None, **changes):
+    """The command for the mix m.json, which is to be refused with a message like `refused`."""
+    with refusing(refused):
+        prepare.download(DownloadFlags(mix="m.json", **changes))
+
+
 def begins(hub, path):
     """The first bytes that were asked for, request by request."""
     return [begin for seen, begin, _ in hub.seen if seen == path]
 
 
-def test_a_download_goes_on_after_short_bodies_and_a_stall(hub):
-    hub.plans["web/a.txt"] = [{"sent": 50_000}, {"sent": 40_000}, {"sent": 70_000, "silence": 0.7}]
-    prepare.download(DOWNLOAD)
+def test_a_download_goes_on_after_refusals_short_bodies_and_a_stall(hub):
+    hub.plans[LIST] = [{"status": 503}]
+    hub.plans["web/a.txt"] = [{"status": 429, "headers": {"Retry-After": "1"}}, {"status": 503},
+                              {"sent": 50_000}, {"sent": 40_000}, {"sent": 70_000, "silence": 0.7}]
+    start = time.monotonic()
+    download()
+    # as long as 429 says
+    assert 1 <= time.monotonic() - start < 4
     assert hub.a.read_bytes() == hub.files["web/a.txt"]
     # each goes on from a later byte
     begun = begins(hub, "web/a.txt")
-    assert len(begun) == 4 and begun == sorted({*begun}), begun
+    assert len(begun) == 6 and begun[2:] == sorted({*begun}), begun
 
 
 @pytest.mark.parametrize("with_ranges", [True, False])
@@ -131,17 +143,9 @@ def test_an_interrupted_command_goes_on_and_finished_files_are_not_fetched_again
     hub.a.parent.mkdir(parents=True)
     Path(f"{hub.a}.part").write_bytes(content[:123_457])
     for _ in range(2):
-        prepare.download(DOWNLOAD)
+        download()
     assert begins(hub, "web/a.txt") == [123_457] and begins(hub, "code/b.txt") == [0]
     assert hub.a.read_bytes() == content
-
-
-def test_429_waits_as_long_as_it_says_and_503_is_tried_again(hub):
-    hub.plans[LIST] = [{"status": 503}]
-    hub.plans["web/a.txt"] = [{"status": 429, "headers": {"Retry-After": "1"}}, {"status": 503}]
-    start = time.monotonic()
-    prepare.download(DOWNLOAD)
-    assert 1 <= time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("path, answer, tries, message", [
@@ -153,8 +157,7 @@ def test_429_waits_as_long_as_it_says_and_503_is_tried_again(hub):
     (LIST, {"body": listing({"web/../../x.txt": b"x"})}, 1, "")])
 def test_a_source_that_fails_is_named_and_the_other_is_downloaded(hub, capsys, path, answer, tries, message):
     hub.plans[path] = [answer] * 9
-    with refusing("incomplete: web;"):
-        prepare.download(DOWNLOAD)
+    download("incomplete: web;")
     assert len(begins(hub, path)) == tries and not hub.a.exists() and hub.b.exists()
     assert re.search(message, capsys.readouterr().err)
     assert not any("x.txt" in name for name, *_ in hub.seen)
@@ -163,8 +166,7 @@ def test_a_source_that_fails_is_named_and_the_other_is_downloaded(hub, capsys, p
 def test_without_a_network_a_source_is_given_up_soon(hub, monkeypatch, capsys):
     # connections to this port are refused
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with refusing("incomplete: web, code;"):
-        prepare.download(DOWNLOAD)
+    download("incomplete: web, code;")
     # by OFFLINE, before there are four failures
     assert re.search("after [12] failures: .*look at the network", capsys.readouterr().err)
 
@@ -177,7 +179,7 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects(hub, monkeypatch):
     for host, name in (("localhost", "web/a.txt"), ("127.0.0.1", "code/b.txt")):
         place = f"http://{host}:{other.server_port}/resolve/main/{name}"
         hub.plans[name] = [{"status": 302, "headers": {"Location": place}}]
-    prepare.download(DOWNLOAD)
+    download()
     other.shutdown()
     sent, passed_on = ([headers["Authorization"] for *_, headers in each.seen] for each in (hub, other))
     assert {*sent} == {"Bearer hf_secret"} and passed_on == [None, None]
@@ -187,9 +189,9 @@ def test_max_bytes_takes_whole_files_until_there_is_enough_and_lists_are_paged(h
     hub.files |= {f"web/{i}.txt": bytes(400) for i in range(7)}
     hub.plans[LIST] = [{"body": listing({"web/0.txt": bytes(400)}),
                         "headers": {"Link": '<http://127.0.0.1/api?cursor=2>; rel="next"'}}]
-    prepare.download(replace(DOWNLOAD, max_bytes=1000, only="web"))
+    download(max_bytes=1000, only="web")
     assert sorted(file.name for file in hub.a.parent.iterdir()) == ["0.txt", "1.txt"]
-    prepare.download(replace(DOWNLOAD, only="web"))
+    download(only="web")
     assert len([*hub.a.parent.iterdir()]) == 8
 
 
@@ -197,11 +199,11 @@ def test_gated_sources_are_left_out_until_there_is_a_token(hub, monkeypatch, cap
     mix = Path("m.json")
     more = '"name": "web", "status": "gated", "steps": ["sign in"]'
     mix.write_text(mix.read_text().replace('"name": "web"', more))
-    prepare.download(DOWNLOAD)
+    download()
     assert "source:web is not downloaded: sign in" in capsys.readouterr().out and not hub.a.exists()
     assert len(prepare.find_files(TokenizerFlags(mix="m.json", out="nowhere"))) == 1
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    prepare.download(DOWNLOAD)
+    download()
     assert hub.a.exists()
 
 
@@ -224,19 +226,27 @@ def lines(documents):
 
 def parquet_of(column):
     """The bytes of a parquet file with this column, {name: values}, in row groups of a hundred."""
-    pytest.importorskip("pyarrow.parquet")
-    from pyarrow import parquet, table
-    parquet.write_table(table(column), "made", row_group_size=100)
+    pyarrow.parquet.write_table(pyarrow.table(column), "made", row_group_size=100)
     return Path("made").read_bytes()
 
 
 def setup(**files):
-    """Write RAW with the given files (name__suffix: content), and a mix of them."""
+    """Write RAW with the given files (name__suffix: content, or name: documents), and a mix of them."""
     Path("raw").mkdir()
     for name, content in files.items():
-        Path("raw", name.replace("__", ".")).write_bytes(content)
+        if isinstance(content, list):
+            Path("raw", f"{name}.jsonl").write_bytes(lines(content))
+        else:
+            Path("raw", name.replace("__", ".")).write_bytes(content)
     sources = [{"name": name.partition("__")[0], "weight": 1} for name in files]
     Path("m.json").write_text(json.dumps({"sources": sources}))
+
+
+def tokenize(refused=None, **changes):
+    """The command for the mix m.json, with other FLAGS, which is to be refused with a message like `refused`.
+    """
+    with refusing(refused):
+        prepare.tokenize(replace(FLAGS, **changes))
 
 
 def stream(source=0, split="train"):
@@ -255,7 +265,7 @@ def test_every_kind_of_json_lines_gives_the_same_tokens():
     plain = lines(documents)
     setup(a__jsonl=plain, b__ndjson=b"\xef\xbb\xbf" + plain.strip(),
           c__json=plain.replace(b"\n", b"\n\r\n"))
-    prepare.tokenize(FLAGS)
+    tokenize()
     for i in range(3):
         assert stream(i) == whole(documents)
 
@@ -265,8 +275,7 @@ def test_the_mix_names_a_column_of_chats(capsys):
     setup(a__parquet=parquet_of({"messages": chats}), b__parquet=parquet_of({"Text": ["b"]}))
     mix = Path("m.json")
     mix.write_text(mix.read_text().replace('"weight"', '"chat": "messages", "weight"'))
-    with refusing("^a, b: corrupt files"):
-        prepare.tokenize(FLAGS)
+    tokenize("^a, b: corrupt files")
     assert stream() == whole(["User: Hi"])
     err = capsys.readouterr().err
     assert "a.parquet: 1 of 2 records skipped: record 2: no text" in err
@@ -291,8 +300,7 @@ def test_losses_are_counted_and_named_by_file_and_more_than_a_twentieth_ends_wit
           array__json=b'[\n{"text": "x"},', document__json=b'{\n "text": "x"\n}\n')
     # of the same source, behind a file with many losses
     Path("raw/many.z.txt").write_bytes(b"caf\xe9")
-    with refusing("^book, many, array, document: corrupt files, more than 5%"):
-        prepare.tokenize(FLAGS)
+    tokenize("^book, many, array, document: corrupt files, more than 5%")
     out, err = capsys.readouterr()
     assert stream() == whole(good)
     assert "records:206 bad_records:5\n" in out and "bad_records:31\n" in out
@@ -302,15 +310,14 @@ def test_losses_are_counted_and_named_by_file_and_more_than_a_twentieth_ends_wit
         assert expected in err, expected
 
 
-@pytest.mark.parametrize("name, content, error", [
-    ("web.a.json", json.dumps([{"text": "x"}] * 500).encode(), "^web: corrupt"),
-    ("web.a.jsonl", b'{"text": ""}\n', None)])
-def test_a_file_that_gives_nothing_is_named_and_one_of_another_kind_is_an_error(name, content, error, capsys):
-    setup(web__jsonl=lines(texts(300)))
-    Path("raw", name).write_bytes(content)
-    with refusing(error) if error else nullcontext():
-        prepare.tokenize(FLAGS)
-    assert name in capsys.readouterr().err
+def test_a_file_of_another_kind_is_an_error_and_one_without_text_is_named(capsys):
+    setup(web=texts(300))
+    Path("raw/web.empty.jsonl").write_text('{"text": ""}\n')
+    tokenize()
+    assert "web.empty.jsonl: 0 of 1" in capsys.readouterr().err
+    # one bad record of 302
+    Path("raw/web.array.json").write_text(json.dumps([{"text": "x"}] * 500))
+    tokenize("^web: corrupt")
 
 
 @pytest.mark.parametrize("between, corrupt", [(b"", 0), (bytes(8), 0), (b"damage!!", 1)])
@@ -332,28 +339,27 @@ def test_a_corrupt_file_keeps_what_came_before_and_is_done_again_when_whole(caps
         content = parquet_of({"text": documents})
     else:
         content = pytest.importorskip(readers.PACKAGES[kind[6:]]).compress(lines(documents))
-    setup(**{f"web__{kind}": b"", "code__jsonl": lines(texts(5))})
+    setup(**{f"web__{kind}": b"", "code": texts(5)})
     path = Path(f"raw/web.{kind}")
     expected = whole(documents)
     place = len(content) * 2 // 3
     # gzip is cut, the others have a hole
     path.write_bytes(content[:place] + (b"" if "gz" in kind else bytes(500) + content[place + 500:]))
-    with refusing("^web: corrupt files"):
-        prepare.tokenize(FLAGS)
+    tokenize("^web: corrupt files")
     kept = stream()
     # whole documents only
     assert kept and kept == expected[:len(kept)] and expected[len(kept)] == TOKENIZER.bos
     assert f"{path}: 0 of" in capsys.readouterr().err
     path.write_bytes(content)
-    prepare.tokenize(FLAGS)
+    tokenize()
     assert stream() == expected and "source:code done before" in capsys.readouterr().out
 
 
 def test_our_own_bugs_are_not_told_as_corrupt_files(monkeypatch):
     monkeypatch.setattr(readers, "_parse_line", None)
-    setup(web__jsonl=lines(texts(1)))
+    setup(web=texts(1))
     with pytest.raises(TypeError):
-        prepare.tokenize(FLAGS)
+        tokenize()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,19 +368,18 @@ def test_our_own_bugs_are_not_told_as_corrupt_files(monkeypatch):
 def test_validation_documents_are_chosen_by_hash_into_eight_shards(monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 90_001)
     documents = texts(1500)
-    setup(web__jsonl=lines(documents))
-    prepare.tokenize(replace(FLAGS, val_fraction=0.4))
+    setup(web=documents)
+    tokenize(val_fraction=0.4)
     val, train = ([text for text in documents if is_validation(text, 0.4) == held_out] for held_out in (1, 0))
     assert stream(split="val") == whole(val) and 500 < len(val) < 700
     assert stream() == whole(train)
     entry, = open_data("out").entries
     assert len(entry["val"]) == 8 and [shard["tokens"] for shard in entry["train"]] == [90_001, 31_335]
-    n_documents, n_bytes = (sum(shard[key] for shard in entry["train"]) for key in ("documents", "bytes"))
-    assert n_documents == len(train) and n_bytes == len("".join(train))
+    assert sum(shard["bytes"] for shard in entry["train"]) == len("".join(train))
 
 
 def test_two_processes_exclude_each_other_and_a_killed_one_leaves_nothing_half_done():
-    setup(code__jsonl=lines(texts(500)), web__jsonl=lines(texts(6000)))
+    setup(code=texts(500), web=texts(6000))
     manifest = Path("out/manifest.json")
     manifest.parent.mkdir()
     manifest.touch()
@@ -384,8 +389,7 @@ def test_two_processes_exclude_each_other_and_a_killed_one_leaves_nothing_half_d
     while not Path("out/code.source.json").exists():
         assert first.poll() is None
         time.sleep(0.01)
-    with refusing("another process is writing into"):
-        prepare.tokenize(FLAGS)
+    tokenize("another process is writing into")
     first.kill()
     first.wait()
     # its worker ends by itself
@@ -394,28 +398,27 @@ def test_two_processes_exclude_each_other_and_a_killed_one_leaves_nothing_half_d
             os.killpg(first.pid, 0)
             time.sleep(0.01)
     assert not manifest.exists()
-    prepare.tokenize(FLAGS)
+    tokenize()
     # all of it in this process: the same shards, by their sha256
-    prepare.tokenize(replace(FLAGS, out="fresh"))
+    tokenize(out="fresh")
     assert Path("fresh/manifest.json").read_text() == manifest.read_text()
 
 
 def test_a_source_is_done_again_when_its_file_or_a_flag_is_another(monkeypatch, capsys):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 1000)
-    setup(**{"web-train__jsonl": lines(texts(50)), "web__jsonl": lines(texts(50))})
-    prepare.tokenize(FLAGS)
+    setup(**{"web-train": texts(50), "web": texts(50)})
+    tokenize()
     Path("raw/web.jsonl").write_bytes(lines(texts(10)))
-    prepare.tokenize(FLAGS)
+    tokenize()
     assert stream() == whole(texts(50)) and stream(1) == whole(texts(10))
-    prepare.tokenize(replace(FLAGS, val_fraction=0.5))
+    tokenize(val_fraction=0.5)
     assert len(stream()) < len(whole(texts(50))) and capsys.readouterr().out.count("done before") == 1
-    with refusing("has another tokenizer"):
-        prepare.tokenize(replace(FLAGS, vocab_size=512))
+    tokenize("has another tokenizer", vocab_size=512)
 
 
 def test_inspect_names_a_damaged_shard_and_its_remedy_mends_it(capsys):
-    setup(web__jsonl=lines(texts(1000)), code__jsonl=lines(texts(3000)))
-    prepare.tokenize(FLAGS)
+    setup(web=texts(1000), code=texts(3000))
+    tokenize()
     show = InspectFlags(data="out", verify=True)
     prepare.inspect(show)
     out = capsys.readouterr().out
@@ -427,23 +430,21 @@ def test_inspect_names_a_damaged_shard_and_its_remedy_mends_it(capsys):
         with refusing(f"web-train-00000.bin .*{message}.* delete"):
             prepare.inspect(show)
         shard.unlink()
-        prepare.tokenize(FLAGS)
+        tokenize()
         assert shard.read_bytes() == content
 
 
 def test_a_missing_package_is_named_before_anything_is_done(monkeypatch):
-    setup(a__jsonl=lines(texts(2)), b__jsonl__zst=b"")
+    setup(a=texts(2), b__jsonl__zst=b"")
     # as when it is not installed
     monkeypatch.setitem(sys.modules, readers.ZSTD, None)
-    with refusing(f"the package {readers.ZSTD} is missing; pip install"):
-        prepare.tokenize(FLAGS)
+    tokenize(f"the package {readers.ZSTD} is missing; pip install")
     assert not Path("out").exists()
 
 
 def test_a_trained_tokenizer_is_read_by_the_loader_and_did_not_see_validation_text():
-    pytest.importorskip("rustbpe")
     secret = [text for text in texts(400, words=50, ending=" zqzqzq") if is_validation(text, 0.3)]
-    setup(web__jsonl=lines(secret + texts(400)))
+    setup(web=secret + texts(400))
     flags = TokenizerFlags(mix="m.json", out="out", vocab_size=350, val_fraction=0.3)
     prepare.tokenizer(flags)
     made = Tokenizer.load("out")
@@ -457,11 +458,11 @@ def test_a_trained_tokenizer_is_read_by_the_loader_and_did_not_see_validation_te
 
 def test_a_folder_without_a_mix_is_one_source_cut_at_blank_lines(capsys):
     story = "\n\n".join(texts(3000))
-    for name in ("raw/a.txt", "raw/sub/b.md", "raw/c.csv", "raw/.git/hidden.txt", "else/linked.txt"):
+    for name in "raw/a.txt raw/sub/b.md raw/c.csv raw/.git/hidden.txt else/linked.txt".split():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(story if name == "raw/a.txt" else "short")
-    for name, target in (("link", "../else"), ("sub/loop", ".."), ("dead.txt", "nowhere")):
-        Path("raw", name).symlink_to(target)
+    for name, target in table("raw/link | ../else \n raw/sub/loop | .. \n raw/dead.txt | nowhere"):
+        Path(name).symlink_to(target)
     # the second command finds what the first wrote
     for _ in range(2):
         prepare.tokenize(TokenizeFlags(out="raw/out", vocab_size=1024, workers=0, extensions=".md"))
@@ -479,32 +480,29 @@ def test_a_text_is_cut_at_a_blank_line_or_a_line_end_or_anywhere(text, sizes):
     assert [len(piece) for piece in prepare.DOCUMENT.findall(text)] == sizes
 
 
-@pytest.mark.parametrize("n_bytes, share", [(5_000_000, 0.05), (0, 0.2)])
-def test_so_much_is_held_out_by_default(n_bytes, share):
-    setup(web__txt=b"")
-    os.truncate("raw/web.txt", n_bytes)
+def test_250_kb_are_held_out_by_default():
+    setup(web__txt=bytes(5_000_000))
     source, = prepare.find_files(replace(FLAGS, val_fraction=None))
-    assert source["val_fraction"] == pytest.approx(share)
+    assert source["val_fraction"] == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("preset, n_train", [("tiny", 1000), ("d12", 10 ** 8 + 2)])
-def test_a_preset_that_could_not_validate_is_named_with_the_source_that_limits_it(
-        capsys, monkeypatch, preset, n_train):
-    _, T, n_tokens = prepare.PRESETS[preset == "d12"]
-    assert (T, n_tokens) == (PRESETS[preset].sequence_len, train.RECIPES[preset].eval_tokens)
-    sizes = {"train": n_train, "rich": 10 ** 8, "poor": 7000}
+def test_a_preset_that_could_not_validate_is_named_with_the_source_that_limits_it(data, capsys, monkeypatch):
+    for preset, T, n_tokens in prepare.PRESETS.values():
+        assert (T, n_tokens) == (PRESETS[preset].sequence_len, train.RECIPES[preset].eval_tokens)
+    prepare.check_validation(open_data(data))
+    lengths = {"train": 10 ** 8 + 2, "val": 7000}
     # of a shard that is not read, its length
-    monkeypatch.setattr(
-        Data, "_shards", lambda _, entry, split: [range(sizes.get(split, sizes[entry["name"]]))])
-    data = Data("", TOKENIZER, "", [{"name": name, "weight": 1} for name in ("rich", "poor")])
-    prepare.check_validation(data)
-    assert re.search(f"{preset} --eval-tokens {n_tokens} must .* source poor has", capsys.readouterr().err)
+    monkeypatch.setattr(Data, "_shards", lambda self, entry, split: [range(lengths[split])])
+    prepare.check_validation(open_data(data))
+    warnings = capsys.readouterr().err
+    for preset in ("tiny --eval-tokens 36864", "d12 --eval-tokens 10485760"):
+        assert re.search(f"{preset} must .* source prose has", warnings)
 
 
-@pytest.mark.parametrize("quota, most", [("max 100000", 10 ** 6), ("150000 100000", 1)])
-def test_the_cpus_are_those_that_may_be_used(quota, most):
-    Path("cpu.max").write_text(quota)
-    assert prepare.n_cpus(Path("cpu.max")) == min(most, len(os.sched_getaffinity(0)))
+def test_the_cpus_are_those_that_may_be_used():
+    for quota, most in (("max 100000", 10 ** 6), ("150000 100000", 1)):
+        Path("cpu.max").write_text(quota)
+        assert prepare.n_cpus(Path("cpu.max")) == min(most, len(os.sched_getaffinity(0)))
 
 
 def test_a_killed_worker_is_named():
@@ -513,18 +511,20 @@ def test_a_killed_worker_is_named():
 
 
 def test_sources_are_chosen_and_replaced_by_name():
-    setup(web__jsonl=lines(texts(3)), code__jsonl=lines(texts(3)))
+    setup(web=texts(3), code=texts(3))
     Path("mine").mkdir()
     for name, content in (("b.txt", "second"), ("a.txt", "first"), ("a.txt.part", "half")):
         Path("mine", name).write_text(content)
-    prepare.tokenize(replace(FLAGS, source="code=mine", only="code"))
+    tokenize(source="code=mine", only="code")
     assert stream() == whole(["first", "second"])
-    for wrong, message in (("only=web", "would drop .code"), ("only=cod", "--only 'cod'"), ("out=", "--out"),
-                           ("source=web=/nowhere", "source web has no file"), ("source=x=y", "'x=y'"),
-                           ("source=web", "--source 'web'")):
-        name, _, value = wrong.partition("=")
-        with refusing(message):
-            prepare.tokenize(replace(FLAGS, **{name: value}))
+    for name, value, message in table("""
+            only   | web          | would drop .code
+            only   | cod          | --only 'cod'
+            out    |              | --out
+            source | web=/nowhere | source web has no file
+            source | x=y          | 'x=y'
+            source | web          | --source 'web'"""):
+        tokenize(message, **{name: value})
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, *['{"sources": %s}' % sources for sources in (
@@ -532,20 +532,13 @@ def test_sources_are_chosen_and_replaced_by_name():
     '[{"name": "x", "weight": Infinity}]', '[{"name": "x", "weight": 1}, {"name": "x", "weight": 2}]')]])
 def test_what_is_no_mix_file_is_named(content):
     Path("m.json").write_text(content)
-    with refusing("the mix m.json .* cannot be read"):
-        prepare.read_mix(DOWNLOAD)
+    download("the mix m.json .* cannot be read")
 
 
-@pytest.mark.parametrize("argv, expected", [
-    ([], "error: the following arguments are required: download|tokenizer|tokenize|inspect"),
-    (["tokenize", "--max-bytes", "5"], "error: unrecognized arguments: --max-bytes 5"),
-    (["tokenize"], "--out must name a folder"), (["inspect", "--data", ""], "an empty path")])
-def test_the_command_line_says_one_line_and_ends_with_2(argv, expected, refused):
-    assert expected in refused(prepare.main, *argv)
-
-
-@pytest.mark.parametrize("command", prepare.COMMANDS)
-def test_each_command_has_a_help_with_an_example(command, capsys):
-    with pytest.raises(SystemExit):
-        prepare.main([command, "--help"])
-    assert f"\npython data/prepare.py {command} --" in capsys.readouterr().out
+def test_the_command_line_says_one_line_and_ends_with_2_and_has_help_with_examples(refused, capsys):
+    assert "required: download|tokenizer|tokenize|inspect" in refused(prepare.main)
+    assert "unrecognized arguments: --max-bytes 5" in refused(prepare.main, "tokenize", "--max-bytes", "5")
+    for command in prepare.COMMANDS:
+        with pytest.raises(SystemExit):
+            prepare.main([command, "--help"])
+        assert f"\npython data/prepare.py {command} --" in capsys.readouterr().out

@@ -15,14 +15,15 @@ import torch
 
 import common
 import sample
-from checkpoint import BOUNDS_KEY
-from conftest import ROOT, closed_stdout
+from checkpoint import BOUNDS_KEY, write_json
+from conftest import ROOT, change_json, closed_stdout, table
 from dataloader import Tokenizer
 from model import combine
 from sample import ROWS, Engine, Plan, Sampling, complete, count_new_tokens, generate, make_plan, sample_token
 from test_model import make
 
 FULL = Plan(range(3))
+TOKENIZER = Tokenizer.load(vocab_size=300)
 PROMPT = [22, 3, 1, 4, 15]
 
 
@@ -60,8 +61,7 @@ def ids(tokens):
 
 
 @pytest.mark.parametrize("mode, options, experts", [
-    ("full", {}, [0, 1, 2]), ("single", {"stage": 0}, [0]), ("single", {"stage": 2}, [2]),
-    ("prefix", {"prefix": 1}, [0]), ("prefix", {"prefix": 2}, [0, 1])])
+    ("full", {}, [0, 1, 2]), ("single", {"stage": 2}, [2]), ("prefix", {"prefix": 2}, [0, 1])])
 def test_cached_greedy_decoding_equals_the_uncached_loop(mode, options, experts):
     model = small()
     plan = make_plan(model.config, mode, **options)
@@ -70,7 +70,6 @@ def test_cached_greedy_decoding_equals_the_uncached_loop(mode, options, experts)
     expected, log_probs = greedy_without_cache(model, PROMPT, 20, experts)
     assert ids(tokens) == expected
     assert [t.log_prob for t in tokens] == pytest.approx(log_probs, abs=1e-5)
-    assert {(t.stage, t.depth) for t in tokens} == {(experts[-1], experts[-1] + 1)}
 
 
 def test_a_prompt_of_bos_alone_a_full_context_and_a_long_prompt_work(monkeypatch):
@@ -83,17 +82,13 @@ def test_a_prompt_of_bos_alone_a_full_context_and_a_long_prompt_work(monkeypatch
     assert ids(decode(Engine(model, FULL), long, 6)) == greedy_without_cache(model, long, 6, range(3))[0]
 
 
-@pytest.mark.parametrize("longest, asked, new", [
-    (10, None, 64), (60, None, 21), (80, None, 1), (60, 20, 20), (60, 21, 21), (60, 22, None),
-    (81, None, None)])
-def test_tokens_to_generate_are_those_asked_for_or_64_as_far_as_the_context_of_80_goes(longest, asked, new):
-    def found():
-        return count_new_tokens(make(sequence_len=80).config, [[1], [1] * longest], asked)
-    if new:
-        assert found() == new
-    else:
-        with pytest.raises(ValueError, match="leaves room for"):
-            found()
+def test_tokens_to_generate_are_those_asked_for_or_64_as_far_as_the_context_of_80_goes():
+    model = make(vocab_size=300, sequence_len=80)
+    for longest, asked, new in ((10, None, 64), (60, None, 21), (80, None, 1), (60, 21, 21)):
+        assert count_new_tokens(model.config, [[1], [1] * longest], asked) == new
+    # of a list that is said before the first is answered
+    with pytest.raises(ValueError, match="prompt 2, of 61 tokens, leaves room for 20 of 22"):
+        next(complete(model, TOKENIZER, ["x", "\x00" * 60], 22, Plan(range(3), 4)))
 
 
 @pytest.mark.parametrize("draft_weights", ["same", "int8"])
@@ -101,7 +96,7 @@ def test_tokens_to_generate_are_those_asked_for_or_64_as_far_as_the_context_of_8
 def test_speculation_writes_the_very_tokens_of_plain_decoding(sampling, draft_weights):
     model = small()
     plain = decode(Engine(model, FULL, sampling=sampling), PROMPT, 24)
-    for draft_len in (1, 2, 4, 8, 12, 16):
+    for draft_len in (1, 4, 16):
         plan = Plan(range(3), draft_len, draft_weights)
         tokens = decode(Engine(model, plan, sampling=sampling), PROMPT, 24)
         assert [(t.id, t.log_prob) for t in tokens] == [(t.id, t.log_prob) for t in plain]
@@ -134,28 +129,10 @@ def plain():
     return ids(decode(Engine(small(), FULL), PROMPT, 45))
 
 
-class Poisoned(Engine):
-    """Before its stages judge drafts, all that drafting left but the drafts themselves becomes garbage."""
-
-    def choose_targets(self, n):
-        for state in (self.cache.keys, self.cache.values, self.stream):
-            state[:, :, int(self.cursors[1]):] = 1e4
-        self.sums.fill_(1e4)
-        return super().choose_targets(n)
-
-
-def test_nothing_that_int8_drafts_left_is_read_when_they_are_judged(plain):
-    tokens = decode(Poisoned(small(), Plan(range(3), 4, "int8")), PROMPT, 40)
-    assert ids(tokens) == plain[:40]
-
-
 def rounded(weight):
     """A matrix of whole multiples of each row's step, a 127th of its largest weight, row by row."""
-    rows = []
-    for row in weight:
-        step = row.abs().max() / 127
-        rows.append((row / step).round() * step)
-    return torch.stack(rows)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight / step).round() * step
 
 
 @torch.no_grad()
@@ -175,8 +152,8 @@ def test_int8_drafts_are_those_of_a_stage_0_whose_matrices_are_rounded_row_by_ro
 
 
 @pytest.mark.parametrize("draft_len, wrong, cycles", [
-    (1, set(), 17), (1, {0}, None), (1, {1}, None), (4, set(), 7), (4, set(range(100)), 34), (4, {0}, None),
-    (4, {3}, None), (4, {4}, None), (16, set(), 2), (16, {15}, None)])
+    (1, set(), 17), (1, {1}, None), (4, set(), 7), (4, {*range(100)}, 34), (4, {0}, None), (4, {3}, None),
+    (16, set(), 2), (16, {15}, None)])
 def test_right_wrong_and_once_wrong_drafters_change_nothing_but_the_number_of_cycles(
         draft_len, wrong, cycles, plain):
     engine = Scripted(Plan(range(3), draft_len), plain, wrong)
@@ -236,21 +213,12 @@ def test_stages_that_caught_up_hold_a_teacher_forced_passes_state_and_garbage_is
     tokens = decode_over_garbage(engine, PROMPT, 70)
     read_along(teacher, PROMPT, ids(tokens))
     n = int(engine.cursors[1])
-    assert n >= len(PROMPT) + 60
     assert torch.equal(engine.cache.keys[:, :, :n], teacher.cache.keys[:, :, :n])
     assert torch.equal(engine.cache.values[:, :, :n], teacher.cache.values[:, :, :n])
     if plan.exits:
-        depths = "".join(str(t.depth) for t in tokens).replace("2", "3")
         # with the low threshold more waited than one pass takes
-        assert "3" in depths and "1" in depths
-        assert plan.exits[0] != 0.04 or max(map(len, depths.split("3"))) > ROWS
-    with torch.no_grad():
-        cache = sample.KVCache(model.config, 1, 80, "cpu", torch.float32)
-        cache.place(torch.arange(n)[None], n)
-        x = x0 = model.embed(engine.tokens[:, :n])
-        for k in range(3):
-            x = model.stage(k, x, x0, engine.tokens[:, :n], cache)
-    assert torch.allclose(engine.cache.keys[:, :, :n], cache.keys[:, :, :n], atol=1e-4)
+        waited = "".join(str(t.depth) for t in tokens).replace("2", "3").split("3")
+        assert len(tokens) > len(max(waited)) > (ROWS if plan.exits[0] == 0.04 else 0)
 
 
 def test_wand_stays_where_the_margin_is_the_sum_of_the_bounds_exactly():
@@ -277,30 +245,27 @@ def test_early_exit_leaves_where_its_rule_says_and_says_what_that_prefix_says():
 
 
 @pytest.mark.parametrize("plan", [FULL, Plan(range(1, 2))])
-def test_ragged_rows_are_what_they_are_alone(plan):
-    model = small()
-    prompts = [PROMPT, [22], [22, *range(20)], [22, 7, 7]]
-    engine = Engine(model, plan, 4, Sampling(0.8, seed=3))
-    engine.begin(prompts, [5, 6, 7, 8])
-    steps = list(generate(engine, 20))
-    alone = Engine(model, plan, 1, Sampling(0.8, seed=3))
-    for row, prompt in enumerate(prompts):
-        alone.begin([prompt], [5 + row])
-        expected = [step.rows[0][0].id for step in generate(alone, 20)]
-        assert [step.rows[row][0].id for step in steps] == expected
+def test_prompts_of_a_list_are_answered_at_once_as_those_of_an_iterator_are_one_by_one(plan):
+    model = make(vocab_size=300, sequence_len=80).freeze_for_inference()
+    prompts = ["the stage of", "", "a longer prompt than all others here", "is"]
+    together, alone = (complete(model, TOKENIZER, texts, 20, plan, Sampling(0.8, seed=3))
+                       for texts in (prompts, iter(prompts)))
+    assert [row["token_ids"] for row in together] == [row["token_ids"] for row in alone]
+    # a text is taken when it is its turn
+    lines = iter("ab")
+    assert next(complete(model, TOKENIZER, lines, 3, plan))["prompt"] == "a" and next(lines) == "b"
 
 
 def test_the_same_seed_gives_the_same_rows_whatever_is_generated_beside_them():
-    tokenizer = Tokenizer.load(vocab_size=300)
     model = make(torch.float64, vocab_size=300, sequence_len=30).freeze_for_inference()
 
-    def rows(n, seed=7, plan=FULL):
-        samples = complete(model, tokenizer, ["ab"], 11, plan, Sampling(1.5, seed=seed), n_samples=n)
+    def rows(n, seed=7):
+        samples = complete(model, TOKENIZER, ["ab"], 11, FULL, Sampling(1.5, seed=seed), n_samples=n)
         return [s["token_ids"] for s in samples]
     # a group of ROWS and one of four
     twenty = rows(20)
     assert len(twenty) == 20 > ROWS and twenty[0] != twenty[1]
-    assert twenty[:2] == rows(2) == rows(2, plan=Plan(range(3), draft_len=3))
+    assert twenty[:2] == rows(2)
     # the seed's upper half counts too
     assert twenty[0] not in (rows(1, seed=8)[0], rows(1, seed=7 + 2 ** 32)[0])
 
@@ -316,15 +281,17 @@ kernels.PART = 2
 kernels.gdc_wait = kernels.gdc_launch_dependents = lambda: None
 tl.inline_asm_elementwise = lambda *args, **kwargs: None
 torch.set_num_threads(1)
-shape = dict(sequence_len=100, n_layer=3, n_head=2, n_kv_head=1, mlp_hidden=768, stage_layers=(2, 1))
-small = make(torch.float32, vocab_size=70, n_embd=64, **shape).freeze_for_inference()
+shape = dict(sequence_len=72, n_head=2, n_kv_head=1)
+small = make(torch.float32, vocab_size=70, n_layer=3, n_embd=64, mlp_hidden=768, stage_layers=(2, 1), **shape)
 # its blocks are of 16 columns
-narrow_head = make(torch.float32, vocab_size=300, n_embd=256, **shape).freeze_for_inference()
+narrow_head = make(torch.float32, vocab_size=70, n_layer=2, n_embd=256, mlp_hidden=64, stage_layers=(1, 1),
+                   **shape)
 for model, prompts, plan in (
-        (small, [[69, *range(31)]], Plan(range(2), 2, "same")),
+        (small, [[69, 5]], Plan(range(2), 1, "same")),
         (small, [[69, *range(66)]], Plan(range(2), 2, "int8")),
         (small, [[69, 5, 6], [69, *range(35)], [69]], Plan(range(2))),
         (small, [[69, 1]], Plan(range(2), 17, "int8")), (narrow_head, [[69], [5]], Plan(range(2)))):
+    model.freeze_for_inference()
     slow, fast = (Engine(model, plan, len(prompts), fast=fast) for fast in (False, True))
     for state in (fast.kernels.partial, fast.kernels.total):
         state.fill_(1e4)
@@ -351,23 +318,7 @@ for model, prompts, plan in (
     # nats, of rare tokens too
     a, b = (engine.sums if len(prompts) > 1 else engine.sums[(n - 1) % WIDEST] for engine in (slow, fast))
     assert torch.allclose(a, b, atol=2e-3), (a - b).abs().max()
-    print(slow.cursors[0].tolist())
 """
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted(request):
-    """KERNELS in Triton's interpreter, which is slow: a process beside this file's other tests, the last of
-    which looks at it.
-    """
-    if all(item.function is not test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter
-           for item in request.session.items):
-        yield None
-        return
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    with subprocess.Popen([sys.executable, "-c", KERNELS], env=env, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as process:
-        yield process
-        process.kill()
 
 
 def test_frequencies_of_sampled_tokens_match_softmax():
@@ -382,15 +333,14 @@ def test_frequencies_of_sampled_tokens_match_softmax():
 
 
 def test_noise_is_uncorrelated_between_neighbours():
-    def noise(row):
-        return sample.gumbel_noise(1, torch.full((2000,), row), torch.arange(2000), 50)
+    a, b = (sample.gumbel_noise(1, torch.full((2000,), row), torch.arange(2000), 50) for row in (0, 1))
     # 100,000 draws: five standard errors
-    for a, b in ((noise(0)[1:], noise(0)[:-1]), (noise(0)[:, 1:], noise(0)[:, :-1]), (noise(0), noise(1))):
+    for a, b in ((a[1:], a[:-1]), (a[:, 1:], a[:, :-1]), (a, b)):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.015
 
 
 @pytest.mark.parametrize("sampling, kept", [
-    (Sampling(1.0), {0, 1, 2, 3}), (Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_k=9), {0, 1, 2, 3}),
+    (Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_k=9), {0, 1, 2, 3}),
     # 0.4 is not enough, 0.7 is
     (Sampling(1.0, top_p=0.5), {0, 1}), (Sampling(1.0, top_p=0.35), {0}),
     # of 4/9, 3/9, 2/9: 7/9 is not yet 0.8
@@ -405,15 +355,14 @@ def test_filters_keep_the_tokens_worked_out_by_hand(sampling, kept):
 
 
 def test_completion_stops_at_bos_and_holds_back_half_a_character(monkeypatch):
-    tokenizer = Tokenizer.load(vocab_size=300)
-    first, second = (tokenizer.ranks.index(bytes([b])) for b in "é".encode())
+    first, second = (TOKENIZER.ranks.index(bytes([b])) for b in "é".encode())
     # time x row
-    script = [[65, 66], [first, 66], [second, tokenizer.bos], [tokenizer.bos, 66], [67, 67]]
+    script = [[65, 66], [first, 66], [second, TOKENIZER.bos], [TOKENIZER.bos, 66], [67, 67]]
     steps = [sample.Step([[sample.Token(i, -1.0, 2, 3)] for i in ids], 0, 0) for ids in script]
     monkeypatch.setattr(sample, "generate", lambda *a: iter(steps))
     streamed = []
-    a, b = complete(make(vocab_size=300), tokenizer, ["x"], 5, FULL, n_samples=2, on_text=streamed.append)
-    assert a["completion"] == tokenizer.decode([65]) + "é" and a["token_ids"] == [65, first, second]
+    a, b = complete(make(vocab_size=300), TOKENIZER, ["x"], 5, FULL, n_samples=2, on_text=streamed.append)
+    assert a["completion"] == TOKENIZER.decode([65]) + "é" and a["token_ids"] == [65, first, second]
     assert a["log_probs"] == [-1.0] * 3 and a["depths"] == [3] * 3 and a["stopped"] == "bos"
     assert b["token_ids"] == [66, 66]
     assert "".join(streamed) == "x" + a["completion"] and "\ufffd" not in "".join(streamed)
@@ -432,9 +381,7 @@ def printed(capsys, *argv):
 def test_a_prompt_is_plain_text_after_bos_and_streams_with_its_completion(trained, capsys):
     argv = [str(trained), "--prompt", "<|bos|> a", "--max-new-tokens", "4"]
     one, two = printed(capsys, *argv, "--num-samples", "2")
-    tokenizer = Tokenizer.load(trained / "step-00006")
-    assert one == two and tokenizer.decode(one["token_ids"]) == one["completion"]
-    assert tokenizer.bos not in tokenizer.encode("<|bos|> a")[1:]
+    assert one == two and TOKENIZER.decode(one["token_ids"]) == one["completion"]
     sample.main([*argv, "--temperature", "0", "--dtype", "float64"])
     assert capsys.readouterr().out == "<|bos|> a" + one["completion"] + "\n"
 
@@ -444,18 +391,15 @@ def test_modes_read_what_calibration_wrote_and_say_what_is_missing(run, refused,
     calibrated = [("wand",), ("wand", "--wand-margin"), ("routing",)]
     for mode in calibrated:
         assert "python evaluate.py RUN" in refused(sample.main, step, "--mode", *mode)
-    record = json.loads((step / "config.json").read_text())
-    (step / "config.json").write_text(json.dumps(record | {BOUNDS_KEY: [0.004, 0.002]}))
-    (step / "metrics.json").write_text(json.dumps({"wand": {"margin": {"thresholds": [0.001, None]}},
-                                                   "routing": {"threshold": 0.0035}}))
+    change_json(step / "config.json", **{BOUNDS_KEY: [0.004, 0.002]})
+    metrics = {"wand": {"margin": {"thresholds": [0.001, None]}}, "routing": {"threshold": 0.0035}}
+    write_json(step / "metrics.json", metrics)
     argv = [step, "--prompt", "a", "--max-new-tokens", "14", "--mode"]
     for mode in calibrated:
         out, = printed(capsys, *argv, *mode)
-        assert len(out["token_ids"]) == len(out["log_probs"]) == len(out["depths"])
         assert out["stages"] == [depth - 1 for depth in out["depths"]]
     # the flag comes first: no token is that probable
     assert set(printed(capsys, *argv, "routing", "--routing-threshold", "1")[0]["depths"]) == {3}
-    metrics = json.loads((step / "metrics.json").read_text())
     assert make_plan(make().config, "wand", wand_margin=True, metrics=metrics).exits == (0.001, math.inf)
 
 
@@ -472,7 +416,6 @@ def test_prompts_come_from_a_file_without_its_line_ends_and_byte_order_mark(
     file.write_bytes(b"\xef\xbb\xbfthe\r\n\r\na b \r\n")
     lines = printed(capsys, *argv)
     assert [line["prompt"] for line in lines] == ["the", "", "a b "]
-    assert all(line["judged"] >= line["accepted"] for line in lines)
     file.write_bytes(b"a\xffb")
     assert "0xff in position 1" in refused(sample.main, *argv)
     file.write_bytes(b"")
@@ -480,30 +423,25 @@ def test_prompts_come_from_a_file_without_its_line_ends_and_byte_order_mark(
     assert "exclude each other" in refused(sample.main, *argv, "--prompt", "x")
 
 
-@pytest.mark.parametrize("argv, word", [
-    ("--mode single", "0 to 2"), ("--mode single --stage 3", "0 to 2"),
-    ("--mode prefix --prefix 0", "1 to 3"), ("--stage 0", "--mode single"),
-    ("--draft-len 8", "--mode speculative"), ("--draft-weights int8", "--mode speculative"),
-    ("--wand-margin", "--mode wand"),
-    ("--routing-threshold 0.5", "--mode routing"), ("--mode speculative --draft-len 0", "1 to 31"),
-    ("--mode speculative --draft-len 32", "1 to 31"), ("--temperature nan", "temperature"),
-    ("--top-p 0", "top-p"), ("--top-k -2", "top-k"), ("--device abacus", "abacus"), ("--compile", "CUDA"),
-    ("--prompt-file=", "--prompt-file")])
+@pytest.mark.parametrize("argv, word", table("""
+    --mode single                     | 0 to 2
+    --mode single --stage 3           | 0 to 2
+    --mode prefix --prefix 0          | 1 to 3
+    --stage 0                         | --mode single
+    --draft-len 8                     | --mode speculative
+    --draft-weights int8              | --mode speculative
+    --wand-margin                     | --mode wand
+    --routing-threshold 0.5           | --mode routing
+    --mode speculative --draft-len 0  | 1 to 31
+    --mode speculative --draft-len 32 | 1 to 31
+    --temperature nan                 | temperature
+    --top-p 0                         | top-p
+    --top-k -2                        | top-k
+    --device abacus                   | abacus
+    --compile                         | CUDA
+    --prompt-file=                    | --prompt-file"""))
 def test_bad_input_gets_one_line(argv, word, trained, refused):
     assert word in refused(sample.main, trained, *argv.split())
-
-
-def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(trained, tmp_path, capsys):
-    (tmp_path / "prompts").write_text("a\na b c d e f g h i j k l m n o p q r\n")
-    with pytest.raises(ValueError, match="prompt 2, .* leaves room"):
-        sample.main([str(trained), "--prompt-file", str(tmp_path / "prompts")])
-    assert capsys.readouterr().out == ""
-
-
-def test_prompts_of_an_iterator_are_answered_one_by_one():
-    lines = iter("ab")
-    samples = complete(make(vocab_size=300), Tokenizer.load(vocab_size=300), lines, 3, FULL)
-    assert next(samples)["prompt"] == "a" and next(lines) == "b"
 
 
 def test_in_bfloat16_several_prompts_are_decoded_as_one_is():
@@ -511,7 +449,7 @@ def test_in_bfloat16_several_prompts_are_decoded_as_one_is():
     model = make(torch.bfloat16, vocab_size=300, sequence_len=80, n_embd=384, n_head=6, n_kv_head=2,
                  mlp_hidden=1024).freeze_for_inference()
     prompts = [word * n for word in ("the ", "of a ") for n in range(1, 5)]
-    texts = [list(complete(model, Tokenizer.load(vocab_size=300), prompts, 6, plan, Sampling(0.8)))
+    texts = [list(complete(model, TOKENIZER, prompts, 6, plan, Sampling(0.8)))
              for plan in (FULL, Plan(range(3), draft_len=4))]
     for key in ("token_ids", "log_probs"):
         assert [text[key] for text in texts[0]] == [text[key] for text in texts[1]]
@@ -531,11 +469,11 @@ def test_a_closed_pipe_ends_quietly(trained, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter(interpreted):
+def test_the_cuda_kernels_do_what_their_twin_does_in_tritons_interpreter():
     pytest.importorskip("triton")
-    output, errors = interpreted.communicate()
-    assert interpreted.returncode == 0, errors[-2000:]
-    assert len(output.splitlines()) == 5
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py of the same process imports it")

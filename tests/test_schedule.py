@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_schedule.py
 import pytest
 
 import schedule
+from conftest import table
 from schedule import Phase, learning_rate, muon_momentum, phase_index, position, weight_decay_factor
 
 FIRST = Phase(0, 83_923, 1_000, peak_lrm=1.0, warmdown_ratio=0.65, final_lrm=0.05)
@@ -32,30 +33,25 @@ def test_a_ten_step_phase_written_out():
 
 
 @pytest.mark.parametrize("step, lrm, name, offset", [
-    (83_923, 0.001, "warmup", 0), (84_000, 0.039, "warmup", 77), (84_923, 0.5, "peak", 0),
-    (86_000, 0.5, "peak", 1_077), (106_783, 0.5, "peak", 21_860), (108_000, 0.478, "warmdown", 1_217),
-    (110_000, 0.442, "warmdown", 3_217), (134_723, 0.0, "final", 0)])
+    (84_000, 0.039, "warmup", 77), (84_923, 0.5, "peak", 0), (86_000, 0.5, "peak", 1_077),
+    (106_783, 0.5, "peak", 21_860), (108_000, 0.478, "warmdown", 1_217), (110_000, 0.442, "warmdown", 3_217),
+    (134_723, 0.0, "final", 0)])
 def test_the_cards_continual_phase(step, lrm, name, offset):
-    assert round(learning_rate(CONTINUAL, step), 3) == pytest.approx(lrm, abs=5e-4)
+    assert learning_rate(CONTINUAL, step) == pytest.approx(lrm, abs=5e-4)
     assert position(CONTINUAL, step) == (name, offset)
-
-
-def test_the_corners_of_the_cards_phases_are_exact():
-    assert learning_rate(CONTINUAL, 106_783) == 0.5 > learning_rate(CONTINUAL, 106_784)
-    assert learning_rate(CONTINUAL, 134_723) == 0.0
-    assert learning_rate(FIRST, 83_923) == pytest.approx(0.05, abs=1e-15)
 
 
 def test_an_anchor_belongs_to_the_new_phase_and_is_final_where_the_run_ends():
     assert [phase_index([FIRST, CONTINUAL], step) for step in (83_922, 83_923, 10 ** 6)] == [0, 1, 1]
     assert position(FIRST, 83_923) == ("final", 0)
+    assert learning_rate(FIRST, 83_923) == pytest.approx(0.05, abs=1e-15)
 
 
 def test_phases_without_warmup_or_warmdown():
     flat = Phase(0, num_steps=3, peak_lrm=0.7, warmdown_ratio=0.0)
-    assert [learning_rate(flat, s) for s in range(4)] == [0.7] * 4
+    assert {learning_rate(flat, step) for step in range(4)} == {0.7}
     fall = Phase(0, num_steps=4, warmdown_ratio=1.0, final_lrm=0.0)
-    assert [learning_rate(fall, s) for s in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [learning_rate(fall, step) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("phase, step, reset_at, momentum", [
@@ -79,9 +75,13 @@ def test_the_script_prints_the_cards_figures(capsys):
         "step:84000 rel:77 lrm:0.039000 position:warmup", "step:86000 rel:2077 lrm:0.500000 position:peak"]
 
 
-@pytest.mark.parametrize("argv, word", [
-    ("--at x", "--at"), ("--num-steps 10 --at 11", "outside"), ("--num-steps 0", "--num-steps"),
-    ("--warmdown-ratio 1.5", "1.5"), ("--peak-lrm nan", "nan"), ("--peak 1", "--peak"),
-    ("--num-steps 10 --warmup-steps 6", "do not fit")])
+@pytest.mark.parametrize("argv, word", table("""
+    --at x                          | --at
+    --num-steps 10 --at 11          | outside
+    --num-steps 0                   | --num-steps
+    --warmdown-ratio 1.5            | 1.5
+    --peak-lrm nan                  | nan
+    --peak 1                        | --peak
+    --num-steps 10 --warmup-steps 6 | do not fit"""))
 def test_bad_flags_are_refused_in_one_line(argv, word, refused):
     assert word in refused(schedule.main, *argv.split())

@@ -5,11 +5,10 @@ runs `use_published.py FOLDER OTHER TEXTS OUT` and reads OUT, a file of torch.sa
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 
-import lm_eval
 import torch
+from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
@@ -41,7 +40,7 @@ with torch.no_grad():
         "logits": [model(ids), model(ids, stage=0), model(ids, stage=2), model(ids, prefix=2),
                    model(ids, poe_alpha=0.5), load(other, dtype=torch.float32)(ids), half(ids)],
         "loss": model(ids, labels=ids).loss,
-        "plain": [card["out"], model.generate(ids, **new, use_cache=False), *drafted(model, 0, 4, 15)],
+        "plain": [card["out"], model.generate(ids, **new, use_cache=False), *drafted(model, 4, 15)],
         "half": drafted(half, 0, 4),
         "prefix": model.generate(ids, **new, prefix=2),
         "wand": model.generate_wand(ids, 24),
@@ -56,11 +55,6 @@ found["ended"] = [model.generate(ids, **new, attention_mask=torch.ones_like(ids)
 encoded = tokenizer(json.loads(Path(texts).read_text()))["input_ids"]
 found["ids"] = torch.tensor([token for document in encoded for token in document])
 
-with tempfile.TemporaryDirectory() as again:
-    model.save_pretrained(again)
-    tokenizer.save_pretrained(again)
-    found["again"] = {path.name: path.read_text("latin1") for path in Path(again).iterdir()}
-
 task = """
 task: local
 dataset_path: json
@@ -73,7 +67,9 @@ doc_to_target: 0
 """
 Path("docs.jsonl").write_text('{"number": 0}\n')
 Path("local.yaml").write_text(task)
-results = lm_eval.simple_evaluate(
+# it would ask the machine about itself for seconds
+evaluator.add_env_info = lambda *_: None
+results = evaluator.simple_evaluate(
     "hf", dict(pretrained=folder, trust_remote_code=True, dtype="float32", add_bos_token=True), ["local"],
     device="cpu", task_manager=TaskManager(include_path=".", include_defaults=False))
 found["lm_eval"] = [choice for choice, _ in results["samples"]["local"][0]["filtered_resps"]]
