@@ -216,8 +216,8 @@ def nanochat_variant(config, device, compile, fp8):
     return Variant(model, nanochat_step, model.estimate_flops(), model.setup_optimizer)
 
 
-def build_variants(config, names, device, dtype, compile):
-    """{name: Variant}; poe, bp, naive and poe-fp8 share one set of weights. names: a set, those to build."""
+def build_variants(config, device, dtype, compile):
+    """{name: Variant}; poe, bp, naive and poe-fp8 share one set of weights."""
     model = random_model(config.preset, device, dtype)
     if compile:
         model.compile_regions()
@@ -229,7 +229,7 @@ def build_variants(config, names, device, dtype, compile):
 
     variants = {"poe": ours(model, real_step), "bp": ours(backprop_twin(model), real_step),
                 "naive": ours(model, naive_step), "poe-fp8": ours(model, partial(real_step, fp8=True))}
-    for name in names & {"nanochat", "nanochat-fp8"}:
+    for name in set(re.findall("nanochat(?:-fp8)?", config.variants)):
         variants[name] = nanochat_variant(model.config, device, compile, name == "nanochat-fp8")
     return variants
 
@@ -305,15 +305,15 @@ def bench_train(**given):
 
     poe: stage by stage. bp: one loss at the top. naive: poe the obvious way, by autograd through all logits,
     with every head's product made twice, one backward over all stages, and weights cast in every micro-batch.
-    nanochat: its own model and optimizer at this shape. Tokens/s and MFU are of forward and backward; MFU is
-    of 989 TFLOP/s, an H100's or H200's rate, whatever the device.
+    nanochat: its own model and optimizer at this shape. poe-fp8, nanochat-fp8: in 8 bits. Tokens/s and MFU
+    are of forward and backward; MFU is of 989 TFLOP/s, an H100's or H200's rate in bfloat16, whatever the
+    device and the type.
     """
     config = TrainBench(**given)
     labels = parse_variants(config)
     device, dtype = choose_device(config.device, config.dtype)
     compile = device.type == "cuda" if config.compile is None else config.compile
-    names = {name for name, _ in labels.values()}
-    variants = build_variants(config, names, device, dtype, compile)
+    variants = build_variants(config, device, dtype, compile)
     measured = time_steps(config, labels, variants, device)
     rows = []
     for label, rounds in measured.items():

@@ -294,8 +294,8 @@ def scaled_product(a, a_scale, b, b_scale, dtype):
     0.3 % in norm, the rounded factors by 4 %.
     """
     if a.is_cuda:
-        fast = dtype != torch.float32
-        return torch._scaled_mm(a, b.T, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
+        return torch._scaled_mm(a, b.T, a_scale, b_scale, out_dtype=dtype,
+                                use_fast_accum=dtype != torch.float32)
     return (a.float() @ b.float().T * (a_scale * b_scale)).to(dtype)
 
 
@@ -318,11 +318,13 @@ class MLPByFloat8(torch.autograd.Function):
 
     Types after Micikevicius et al. 2022 (arXiv 2209.05433); a tensor's scale is of that very tensor, as in
     nanochat's fp8.py. The tensor cores read both sides along the dimension that is summed over, hence the
-    transposes. The backward takes relu(a) from h, so that it needs no 16-bit tensor.
+    transposes. The backward takes relu(a) from h, so that it needs no 16-bit tensor; where compiled, h alone
+    is kept, and transposed again.
     """
 
     @staticmethod
     def forward(ctx, x, *kept):
+        # gradients of both weights, then of each what `quantize` returned
         _, _, fc, _, fc_scale, proj, _, proj_scale = kept
         x8, x_t, x_scale = quantize(x.flatten(0, -2), E4M3)
         a = scaled_product(x8, x_scale, fc, fc_scale, x.dtype)
@@ -337,8 +339,8 @@ class MLPByFloat8(torch.autograd.Function):
         dy, dy_t, dy_scale = quantize(grad.flatten(0, -2), E5M2)
         add_scaled_product(proj_grad, dy_t, dy_scale, h_t, h_scale)
         dh = scaled_product(dy, dy_scale, proj_t, proj_scale, grad.dtype)
-        square = (h.float() * h_scale).clamp(min=TINY)
-        da, da_t, da_scale = quantize(dh * 2 * square * square.rsqrt(), E5M2)
+        square = h.float() * h_scale
+        da, da_t, da_scale = quantize(dh * 2 * square * (square + TINY).rsqrt(), E5M2)
         add_scaled_product(fc_grad, da_t, da_scale, x_t, x_scale)
         dx = scaled_product(da, da_scale, fc_t, fc_scale, grad.dtype)
         return dx.view(grad.shape), *[None] * len(kept)
@@ -491,7 +493,7 @@ class PoE(nn.Module):
         self.merged_heads = None
         # whether `cast_weights` makes the MLPs' casts for 8 bits
         self.fp8 = False
-        # their compiled forms after `compile_regions`
+        # after `compile_regions`, their compiled forms
         self.chunk_loss = cross_entropy_chunk
         self.quantize = quantize
         for name, table in zip(("cos", "sin"), rotary_tables(config)):
@@ -656,7 +658,8 @@ class PoE(nn.Module):
         """Keep matrices and merged heads in the compute dtype; call it after every change of the weights.
 
         Without it each micro-batch casts them anew, and rounds its gradients of matrices to bfloat16 before
-        they are summed; losses are the same to the bit. 2 bytes a matrix element in bfloat16.
+        they are summed; losses are the same to the bit. 2 bytes a matrix element, in bfloat16 or in fp8 with
+        its transpose.
         """
         rounds = self.compute_dtype != self.lm_head.weight.dtype
         for name, module in self.blocks.named_modules():
@@ -665,11 +668,10 @@ class PoE(nn.Module):
                     module.keep_cast(E4M3, self.quantize)
                 elif rounds:
                     module.keep_cast(self.compute_dtype)
-        if not rounds:
-            return
-        # without this, `head_weight` would return those of the old weights
-        self.merged_heads = None
-        self.merged_heads = [self.head_weight(k) for k in range(self.config.n_stage)]
+        if rounds:
+            # without this, `head_weight` would return those of the old weights
+            self.merged_heads = None
+            self.merged_heads = [self.head_weight(k) for k in range(self.config.n_stage)]
 
     # -- inference ---------------------------------------------------------------------------------
 

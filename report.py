@@ -734,13 +734,15 @@ def plot_tasks(columns):
     looks = dict(zip(dict([*columns]), LOOKS))
     width = min(6, len(changes))
     height = -(-len(changes) // width)
-    figure = Figure((2 + 2.5 * width, height * (1 + len(columns) / 5)), layout="constrained")
+    figure = Figure((2 + 2.5 * width, height * (1.6 + len(columns) / 5)), layout="constrained")
     figure.supxlabel(f"gold_bpb less that of {[*looks][0]} full, which is under the task's name. Lower is "
                      f"better.\nBars: standard errors of the difference.")
     axes = figure.subplots(height, width, sharex=True, sharey=True).flat
     for (task, row), axis in zip(changes.items(), axes):
         axis.set_title(f"{task.split(',')[0]}\n{row[0]['change']:.3f}")
         axis.grid(color="0.93")
+        # in each, since the panel below may be empty
+        axis.tick_params(labelbottom=True)
         axis.axvline(0)
         row[0] = {"change": 0, "stderr": 0}
         for (name, head), found in zip(columns, row):

@@ -128,7 +128,7 @@ class TrainConfig(DeviceFlags):
     seed: int = flag(0, "of the initial weights and of the order of the data", low=0, high=2 ** 63 - 1)
     compile: bool = flag(None, "compile the blocks, the loss and the optimizer's elementwise work (default: "
                                "on cuda only)")
-    fp8: bool = flag(False, "multiply in 8 bits in the blocks' MLPs, on cuda from an H100 on; a CPU emulates "
+    fp8: bool = flag(False, "multiply in 8 bits in the blocks' MLPs, on GPUs from an H100 on; a CPU emulates "
                             "it")
     dry_run: bool = flag(False, "print sizes, FLOPs, schedule and memory, and exit")
     # model
@@ -360,13 +360,13 @@ def build_model(config, model_config, device, dtype):
 
 
 def check_fp8(config, device):
-    """Raise ValueError where this GPU cannot multiply this model in 8 bits; a CPU emulates it."""
+    """Raise ValueError where a GPU cannot multiply this model in 8 bits; a CPU emulates it."""
     sizes = (config.n_embd, config.mlp_hidden, config.device_batch_size * config.sequence_len)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    if capability < (9, 0) or any(size % 16 for size in sizes):
-        raise ValueError(f"--fp8 needs a GPU of compute capability 9.0 (an H100) or more, which is "
-                         f"{capability} here, and multiples of 16 as --n-embd, --mlp-hidden and tokens of a "
-                         f"micro-batch, which are {sizes}")
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    if old or any(size % 16 for size in sizes):
+        raise ValueError(f"--fp8 needs a GPU from an H100 (compute capability 9.0) on, or a CPU, which is "
+                         f"{device_name(device)}, and multiples of 16 as --n-embd, --mlp-hidden and tokens "
+                         f"of a micro-batch, which are {sizes}; --no-fp8 trains without")
 
 
 def open_training_data(config, rows, ranks):
