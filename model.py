@@ -302,6 +302,7 @@ def scaled_product(a, a_scale, b, b_scale, dtype):
 @torch.library.custom_op("poe::add_scaled_product", mutates_args=("weight_grad",))
 def add_scaled_product(weight_grad: torch.Tensor, a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor,
                        b_scale: torch.Tensor) -> None:
+    """weight_grad (n, m) += a b^T, as an operator for the same reason as `add_weight_grad_op`."""
     weight_grad += scaled_product(a, a_scale, b, b_scale, weight_grad.dtype)
 
 
@@ -655,11 +656,12 @@ class PoE(nn.Module):
 
     @torch.no_grad()
     def cast_weights(self):
-        """Keep matrices and merged heads in the compute dtype; call it after every change of the weights.
+        """Keep matrices and merged heads in the compute dtype, with `fp8` the MLPs' in 8 bits; call it after
+        every change of the weights.
 
         Without it each micro-batch casts them anew, and rounds its gradients of matrices to bfloat16 before
-        they are summed; losses are the same to the bit. 2 bytes a matrix element, in bfloat16 or in fp8 with
-        its transpose.
+        they are summed, and nothing is in 8 bits; bfloat16's losses are the same to the bit. 2 bytes a matrix
+        element: in bfloat16, or in 8 bits with its transpose.
         """
         rounds = self.compute_dtype != self.lm_head.weight.dtype
         for name, module in self.blocks.named_modules():

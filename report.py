@@ -731,12 +731,13 @@ def plot_tasks(columns):
     """
     from matplotlib.figure import Figure
     changes = task_changes(columns, "gold_bpb")
-    looks = dict(zip(dict([*columns]), LOOKS))
+    runs = dict.fromkeys(run for run, _ in columns)
+    looks = dict(zip(runs, LOOKS))
     width = min(6, len(changes))
     height = -(-len(changes) // width)
     figure = Figure((2 + 2.5 * width, height * (1.6 + len(columns) / 5)), layout="constrained")
-    figure.supxlabel(f"gold_bpb less that of {[*looks][0]} full, which is under the task's name. Lower is "
-                     f"better.\nBars: standard errors of the difference.")
+    figure.supxlabel(f"gold_bpb less that of {next(iter(runs))} full, which is under the task's name. Lower "
+                     f"is better.\nBars: standard errors of the difference.")
     axes = figure.subplots(height, width, sharex=True, sharey=True).flat
     for (task, row), axis in zip(changes.items(), axes):
         axis.set_title(f"{task.split(',')[0]}\n{row[0]['change']:.3f}")

@@ -216,7 +216,7 @@ def resolve_config(given, restarted=False):
     exists = (Path(config.out) / "config.json").exists()
     if restarted and exists:
         # `train` of a new run records resume "", as its own config has it; data is told by its hash
-        recorded = read_record(config.out)["train"]
+        recorded = asdict(TrainConfig(**read_record(config.out)["train"]))
         if recorded | {"data": config.data, "out": config.out} == asdict(config):
             return resumed_config({"resume": config.out})
     if (exists or checkpoint_steps(config.out)) and not config.dry_run:
