@@ -22,6 +22,8 @@ from muon import MuonAdamW
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SMALL = """--n-layer 4 --n-embd 12 --n-head 3 --n-kv-head 1 --mlp-hidden 20 --stage-layers 2,1,1
            --sequence-len 16 --vocab-size 300 --total-batch-tokens 64 --device-batch-size 2 --dtype float64

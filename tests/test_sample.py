@@ -288,7 +288,7 @@ narrow_head = make(torch.float32, vocab_size=70, n_layer=2, n_embd=256, mlp_hidd
                    **shape)
 for model, prompts, plan in (
         (small, [[69, 5]], Plan(range(2), 1, "same")),
-        (small, [[69, *range(66)]], Plan(range(2), 2, "int8")),
+        (small, [[69, *range(36)]], Plan(range(2), 1, "int8")),
         (small, [[69, 5, 6], [69, *range(35)], [69]], Plan(range(2))),
         (small, [[69, 1]], Plan(range(2), 17, "int8")), (narrow_head, [[69], [5]], Plan(range(2)))):
     model.freeze_for_inference()
