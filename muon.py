@@ -21,6 +21,7 @@ World size 1 is the same path without them. A parameter without a gradient is an
 it on some would hang the others. Not here: the parameters' names and groups, schedules, logging.
 """
 import functools
+import os
 from itertools import zip_longest
 
 import torch
@@ -42,6 +43,10 @@ GRAM_RESTART = 2
 STACK_ELEMENTS = 2 ** 26
 # an owner's state of each parameter, beside the number of its steps
 MOMENTS = {"muon": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}
+# trials, by the environment: NORMUON=0.9 is the decay of a neuron's mean square, CAUTIOUS=1 decays only weights
+# that the update pushes towards 0
+NORMUON = float(os.environ.get("NORMUON", 0))
+CAUTIOUS = bool(os.environ.get("CAUTIOUS"))
 # parameters up to this size travel in one message with others of their owner
 SMALL_ELEMENTS = 2 ** 10
 
@@ -133,7 +138,27 @@ def decay_and_subtract(p, update, decay, size):
     p.mul_(decay).sub_(update * size)
 
 
-def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay, compile=False):
+def decay_cautiously_and_subtract(p, update, decay, size):
+    p.sub_(p * (1 - decay) * (update * p >= 0) + update * size)
+
+
+def normalize_neurons(updates, mean_squares):
+    """NorMuon (arXiv 2510.05491), its form in nanochat: divide each row of updates (B, m, n), or each column
+    where they are fewer, by the root of its mean square over steps; norms of matrices stay.
+
+    mean_squares: B tensors (m, 1) or (1, n), mutated: which of the two says whose they are.
+    """
+    updates = updates.to(mean_squares[0].dtype)
+    kept = torch.stack(mean_squares)
+    dim = -1 if kept.size(-1) == 1 else -2
+    kept.lerp_(updates.square().mean(dim, keepdim=True), 1 - NORMUON)
+    torch._foreach_copy_(mean_squares, list(kept))
+    scaled = updates * kept.clamp_min(1e-10).rsqrt()
+    return scaled * (updates.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True))
+
+
+def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay, compile=False,
+                mean_squares=None):
     """One Muon step on matrices of one shape (m, n).
 
     Lists of tensors; `params` and `momentum_buffers` are mutated. The update's spectral norm is about lr
@@ -143,8 +168,11 @@ def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay, com
     nesterov = params[0].new_empty(len(params), m, n, dtype=torch.bfloat16 if params[0].is_cuda else None)
     for buffer, grad, out in zip(momentum_buffers, grads, nesterov):
         elementwise(compile, look_ahead, (buffer, grad, out), (momentum, 1 - momentum))
-    for p, update in zip(params, orthogonalize(nesterov)):                  # (m, n) each
-        elementwise(compile, decay_and_subtract, (p, update),
+    updates = orthogonalize(nesterov)
+    if mean_squares:
+        updates = normalize_neurons(updates, mean_squares)
+    for p, update in zip(params, updates):                                  # (m, n) each
+        elementwise(compile, decay_cautiously_and_subtract if CAUTIOUS else decay_and_subtract, (p, update),
                     (1 - lr * weight_decay, lr * max(1, m / n) ** 0.5))
 
 
@@ -248,6 +276,10 @@ class MuonAdamW:
             for name in unit:
                 moments = MOMENTS[self.group_of[name]["kind"]]
                 self.state[name] = {key: torch.zeros_like(self.params[name]) for key in moments} | {"step": 0}
+                if NORMUON and self.group_of[name]["kind"] == "muon":
+                    m, n = self.params[name].shape
+                    neurons = self.params[name].new_zeros((m, 1) if m >= n else (1, n))
+                    self.state[name]["mean_square"] = neurons
 
     def messages(self, names):
         """Yield the names that travel together: a large parameter alone, an owner's small ones as one.
@@ -315,7 +347,8 @@ class MuonAdamW:
             buffers = [self.state[name]["momentum_buffer"] for name in names]
             params = [self.params[name] for name in names]
             muon_update(params, [p.grad for p in params], buffers, group["lr"], group["momentum"],
-                        group["weight_decay"], self.compile)
+                        group["weight_decay"], self.compile,
+                        [self.state[name]["mean_square"] for name in names] if NORMUON else None)
         for name in names:
             p = self.params[name]
             state = self.state[name]
