@@ -45,7 +45,7 @@ STACK_ELEMENTS = 2 ** 26
 MOMENTS = {"muon": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}
 # trials, by the environment: NORMUON=0.9 is the decay of a neuron's mean square, CAUTIOUS=1 decays only weights
 # that the update pushes towards 0
-NORMUON = float(os.environ.get("NORMUON", 0))
+NORMUON = float(os.environ.get("NORMUON") or 0)
 CAUTIOUS = bool(os.environ.get("CAUTIOUS"))
 # parameters up to this size travel in one message with others of their owner
 SMALL_ELEMENTS = 2 ** 10
@@ -154,7 +154,9 @@ def normalize_neurons(updates, mean_squares):
     kept.lerp_(updates.square().mean(dim, keepdim=True), 1 - NORMUON)
     torch._foreach_copy_(mean_squares, list(kept))
     scaled = updates * kept.clamp_min(1e-10).rsqrt()
-    return scaled * (updates.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True))
+    norm = scaled.norm(dim=(-2, -1), keepdim=True)
+    # a gradient of zeros leaves zeros
+    return scaled * (updates.norm(dim=(-2, -1), keepdim=True) / norm.clamp_min(1e-10))
 
 
 def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay, compile=False,
