@@ -2,8 +2,10 @@
 MuonAdamW: Muon for the blocks' matrices, AdamW for everything else, sharded over ranks.
 
 Muon (Keller Jordan, kellerjordan.github.io/posts/muon) is SGD with Nesterov momentum whose update, per
-matrix, is replaced by its nearest semi-orthogonal matrix; `lr` is therefore in units of spectral norm per
-update. Orthogonalisation is five iterations of Polar Express (arXiv 2505.16932). Weight decay is decoupled in
+matrix, is replaced by its nearest semi-orthogonal matrix. Orthogonalisation is five iterations of Polar
+Express (arXiv 2505.16932). Then every neuron's part of the update is divided by its own root mean square over
+steps, and the whole is scaled back to the norm that it had (NorMuon, arXiv 2510.05491): `lr` stays in units
+of an orthogonal matrix per update (docs/optimizer.md: what that is worth). Weight decay is decoupled in
 both (AdamW, arXiv 1711.05101).
 
 Ownership (ZeRO-2, arXiv 1910.02054). Every parameter has one owner rank. Only the owner holds its optimizer
@@ -40,8 +42,9 @@ GRAM_RATIO = 2
 GRAM_RESTART = 2
 # matrices of one shape are orthogonalised together, up to this many elements at once
 STACK_ELEMENTS = 2 ** 26
-# an owner's state of each parameter, beside the number of its steps
-MOMENTS = {"muon": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}
+# of the average of each neuron's squares, and what keeps them from 0 (both as in nanochat)
+NEURON_BETA = 0.9
+TINY = 1e-10
 # parameters up to this size travel in one message with others of their owner
 SMALL_ELEMENTS = 2 ** 10
 
@@ -129,23 +132,51 @@ def look_ahead(buffer, grad, out, momentum, rest):
     out.copy_(torch.lerp(grad, buffer, momentum))
 
 
-def decay_and_subtract(p, update, decay, size):
-    p.mul_(decay).sub_(update * size)
+def neuron_scale(updates, neuron_squares):
+    """NorMuon's factor of each neuron: of updates (B, m, n), rows where m >= n, else columns.
+
+    neuron_squares: (B, m, 1) or (B, 1, n), mutated; returns that shape. The factors keep each matrix's norm.
+    """
+    tall = neuron_squares.size(-1) == 1
+    square = torch.linalg.vector_norm(updates, dim=-1 if tall else -2, keepdim=True,
+                                      dtype=neuron_squares.dtype).square()
+    neuron_squares.lerp_(square, 1 - NEURON_BETA)
+    factor = (neuron_squares + TINY).rsqrt()
+    before = square.sum((-2, -1), keepdim=True)
+    after = (square * factor.square()).sum((-2, -1), keepdim=True)
+    return factor * (before / (after + TINY)).sqrt()
 
 
-def muon_update(params, grads, momentum_buffers, lr, momentum, weight_decay, compile=False):
+def decay_and_subtract(p, update, scale, decay, size):
+    p.mul_(decay).sub_(update * scale * size)
+
+
+def muon_update(params, grads, momentum_buffers, neuron_squares, lr, momentum, weight_decay, compile=False):
     """One Muon step on matrices of one shape (m, n).
 
-    Lists of tensors; `params` and `momentum_buffers` are mutated. The update's spectral norm is about lr
-    sqrt(max(1, m / n)): Muon's shape factor, the only rescaling here.
+    Lists of tensors; all but `grads` are mutated. The update's norm is about lr sqrt(max(1, m / n)) that of
+    an orthogonal matrix: Muon's shape factor, the only rescaling here.
     """
     m, n = params[0].shape
     nesterov = params[0].new_empty(len(params), m, n, dtype=torch.bfloat16 if params[0].is_cuda else None)
     for buffer, grad, out in zip(momentum_buffers, grads, nesterov):
         elementwise(compile, look_ahead, (buffer, grad, out), (momentum, 1 - momentum))
-    for p, update in zip(params, orthogonalize(nesterov)):                  # (m, n) each
-        elementwise(compile, decay_and_subtract, (p, update),
+    updates = orthogonalize(nesterov)
+    squares = torch.stack(neuron_squares)
+    scales = neuron_scale(updates, squares)
+    torch._foreach_copy_(neuron_squares, list(squares))
+    for p, update, scale in zip(params, updates, scales):                   # (m, n) each
+        elementwise(compile, decay_and_subtract, (p, update, scale),
                     (1 - lr * weight_decay, lr * max(1, m / n) ** 0.5))
+
+
+def new_state(kind, p):
+    """What an owner keeps of a parameter, at zero."""
+    if kind == "adamw":
+        return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": 0}
+    m, n = p.shape
+    neurons = p.new_zeros((m, 1) if m >= n else (1, n))
+    return {"momentum_buffer": torch.zeros_like(p), "neuron_square": neurons, "step": 0}
 
 
 def adam_moments_and_step(p, grad, exp_avg, exp_avg_sq, rest1, rest2, correction2, eps, decay, size):
@@ -246,8 +277,7 @@ class MuonAdamW:
         self.state = {}
         for unit in self.units[rank]:
             for name in unit:
-                moments = MOMENTS[self.group_of[name]["kind"]]
-                self.state[name] = {key: torch.zeros_like(self.params[name]) for key in moments} | {"step": 0}
+                self.state[name] = new_state(self.group_of[name]["kind"], self.params[name])
 
     def messages(self, names):
         """Yield the names that travel together: a large parameter alone, an owner's small ones as one.
@@ -312,9 +342,10 @@ class MuonAdamW:
         """Update the parameters of one unit, and free their gradients."""
         group = self.group_of[names[0]]
         if group["kind"] == "muon":
-            buffers = [self.state[name]["momentum_buffer"] for name in names]
             params = [self.params[name] for name in names]
-            muon_update(params, [p.grad for p in params], buffers, group["lr"], group["momentum"],
+            buffers, squares = ([self.state[name][key] for name in names]
+                                for key in ("momentum_buffer", "neuron_square"))
+            muon_update(params, [p.grad for p in params], buffers, squares, group["lr"], group["momentum"],
                         group["weight_decay"], self.compile)
         for name in names:
             p = self.params[name]

@@ -17,16 +17,16 @@ DATA=${DATA:-shards/mix}
 SEED=${SEED:-0}
 RUNS=${RUNS:-runs/seed$SEED}
 
-# d12 with 8,192 ids: 122 M parameters below the heads, 6.3 M in each; sequences of 2,048
-MODEL="--preset d12 --vocab-size 8192 --data $DATA --seed $SEED --total-batch-tokens 65536
-    --device-batch-size 32 --eval-every 40 --eval-tokens 524288"
-POE="--matrix-lr 0.02 --embedding-lr 0.3 --unembedding-lr 0.008 --scalar-lr 0.1 --weight-decay 0.15"
-BP="--matrix-lr 0.02 --embedding-lr 0.3 --unembedding-lr 0.008 --scalar-lr 0.1 --weight-decay 0.15"
+# d12's layers and stages with 512 channels and 8,192 ids: 43 M in matrices, 4.2 M in each of five heads
+MODEL="--preset d12 --n-embd 512 --n-head 4 --n-kv-head 2 --mlp-hidden 2752 --vocab-size 8192
+    --data $DATA --seed $SEED --total-batch-tokens 65536 --device-batch-size 32 --eval-every 40
+    --eval-tokens 1048576"
+# the best of a sweep in both arms, docs/optimizer.md
+RATES="--matrix-lr 0.08 --embedding-lr 1.2 --unembedding-lr 0.008 --scalar-lr 0.1 --weight-decay 0.15"
 # the card's proportions: 66 B tokens, of 83,923 steps 1,000 of warmup; 40 B, of 50,800 steps 1,000
 FIRST="--num-steps 520 --warmup-steps 6 --peak-lrm 1.0 --warmdown-ratio 0.65 --final-lrm 0.05"
 CYCLE="--num-steps 320 --warmup-steps 6 --peak-lrm 0.5 --warmdown-ratio 0.55 --final-lrm 0.0"
 END="--save-every -1"
-EVALUATE="evaluate.py --speculative-prompts 32"
 
 # train NAME FLAGS: a run, or the rest of one that was interrupted
 train() {
@@ -38,29 +38,31 @@ train() {
 }
 
 # the card's: the first phase, then half the peak from its restored state
-train poe $MODEL $POE $FIRST --objective poe --save-every 130
-train poe-cycle --continue-from "$RUNS/poe/step-00520" $CYCLE --save-every 20
-python $EVALUATE "$RUNS/poe-cycle"
-python $EVALUATE "$RUNS/poe"
+train poe $MODEL $RATES $FIRST --objective poe --save-every 130
+train poe-cycle --continue-from "$RUNS/poe/step-00520" $CYCLE --save-every 24
+python evaluate.py "$RUNS/poe-cycle"
+python evaluate.py "$RUNS/poe"
+python tasks.py "$RUNS"/poe/step-00{130,260,390} "$RUNS"/poe-cycle/step-00{520,{528..840..24}} \
+    --tasks arc_easy,sciq,lambada,squad,jeopardy ${REQUESTS:+--requests "$REQUESTS"}
 
 # controls of the second phase: the first one's last rate held; the optimizer's state begun anew; one cycle
 # over all tokens, to the same last rate; the mean of weights at the end of the peak
 train poe-held --continue-from "$RUNS/poe/step-00520" --num-steps 320 --warmup-steps 0 --peak-lrm 0.05 \
     --warmdown-ratio 0 --final-lrm 0.05 $END
 train poe-reset --continue-from "$RUNS/poe/step-00520" --reset-optimizer $CYCLE $END
-train poe-long $MODEL $POE --objective poe --num-steps 840 --warmup-steps 10 --peak-lrm 1.0 \
+train poe-long $MODEL $RATES --objective poe --num-steps 840 --warmup-steps 10 --peak-lrm 1.0 \
     --warmdown-ratio 0.65 --final-lrm 0.0 $END
 [ -e "$RUNS/poe-mean" ] ||
-    python docs/mean_weights.py "$RUNS"/poe-cycle/step-006{00,20,40,60} --out "$RUNS/poe-mean"
+    python docs/mean_weights.py "$RUNS"/poe-cycle/step-00{576,600,624,648} --out "$RUNS/poe-mean"
 
 # controls of the objective: backprop in both phases; all losses without the detach; half the depth
-train bp $MODEL $BP $FIRST --objective bp $END
+train bp $MODEL $RATES $FIRST --objective bp $END
 train bp-cycle --continue-from "$RUNS/bp/step-00520" $CYCLE $END
-train joint $MODEL $POE $FIRST --objective joint $END
-train bp6 $MODEL $BP $FIRST --objective bp --n-layer 6 $END
+train joint $MODEL $RATES $FIRST --objective joint $END
+train bp6 $MODEL $RATES $FIRST --objective bp --n-layer 6 $END
 
 # what the ends can do; final checkpoints side by side, of each phase
 python tasks.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp,bp-cycle,joint,bp6} \
     ${REQUESTS:+--requests "$REQUESTS"}
-python $EVALUATE "$RUNS"/{poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp-cycle}
-python $EVALUATE "$RUNS"/{poe,bp,joint,bp6}
+python evaluate.py "$RUNS"/{poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp-cycle}
+python evaluate.py "$RUNS"/{poe,bp,joint,bp6}
