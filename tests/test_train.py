@@ -107,7 +107,7 @@ def test_every_step_uses_the_schedules_rate_momentum_and_weight_decay(data, tmp_
     assert [line["lrm"] for line in log_lines(tmp_path)] == pytest.approx(lrm)
     for step, decay in ((0, 0.1), (3, 0.05), (5, 0.00669873)):
         matrices, heads, *_ = seen[step]
-        assert (matrices["lr"], heads["lr"]) == pytest.approx((0.03 * lrm[step], 0.008 * lrm[step]))
+        assert (matrices["lr"], heads["lr"]) == pytest.approx((0.06 * lrm[step], 0.008 * lrm[step]))
         # (1 + cos(pi rel / 6)) / 2, and the ramp of the run's first 400 steps
         expected = (decay, 0.85 + 0.12 * step / 400)
         assert (matrices["weight_decay"], matrices["momentum"]) == pytest.approx(expected)
@@ -273,7 +273,7 @@ def test_bad_flags_get_one_line_and_write_nothing(argv, word, tmp_path, monkeypa
     --resume {run}/step-00003 | --resume {run}/step-00003 is not a run
     --resume {run} --num-steps 4 --warmup-steps 1 | past the run's end, step 4
     --resume {run} --num-steps 60 | --continue-from
-    --resume {run} --matrix-lr 0.1 | from 0.015 to
+    --resume {run} --matrix-lr 0.1 | from 0.03 to
     --resume {run} --continue-from {run}/step-00006 | --continue-from cannot
     --continue-from {run} --out b | RUN/step-XXXXX
     --continue-from {run}/step-00006 --out {run} | already holds a run
