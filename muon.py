@@ -42,7 +42,7 @@ GRAM_RATIO = 2
 GRAM_RESTART = 2
 # matrices of one shape are orthogonalised together, up to this many elements at once
 STACK_ELEMENTS = 2 ** 26
-# of the average of each neuron's squares, and what keeps them from 0 (both as in nanochat)
+# how much of a neuron's mean square is of earlier steps, and what is added to it (both as in nanochat)
 NEURON_BETA = 0.9
 TINY = 1e-10
 # parameters up to this size travel in one message with others of their owner
@@ -135,7 +135,8 @@ def look_ahead(buffer, grad, out, momentum, rest):
 def neuron_scale(updates, neuron_squares):
     """NorMuon's factor of each neuron: of updates (B, m, n), rows where m >= n, else columns.
 
-    neuron_squares: (B, m, 1) or (B, 1, n), mutated; returns that shape. The factors keep each matrix's norm.
+    neuron_squares: averages over steps of a neuron's sum of squares, (B, m, 1) or (B, 1, n), mutated; returns
+    that shape. The factors keep each matrix's norm, so a sum serves as well as a mean.
     """
     tall = neuron_squares.size(-1) == 1
     square = torch.linalg.vector_norm(updates, dim=-1 if tall else -2, keepdim=True,
@@ -154,8 +155,8 @@ def decay_and_subtract(p, update, scale, decay, size):
 def muon_update(params, grads, momentum_buffers, neuron_squares, lr, momentum, weight_decay, compile=False):
     """One Muon step on matrices of one shape (m, n).
 
-    Lists of tensors; all but `grads` are mutated. The update's norm is about lr sqrt(max(1, m / n)) that of
-    an orthogonal matrix: Muon's shape factor, the only rescaling here.
+    Lists of tensors; all but `grads` are mutated. The update's norm is about lr sqrt(max(1, m / n)), Muon's
+    shape factor, times that of a semi-orthogonal matrix.
     """
     m, n = params[0].shape
     nesterov = params[0].new_empty(len(params), m, n, dtype=torch.bfloat16 if params[0].is_cuda else None)

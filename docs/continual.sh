@@ -21,7 +21,7 @@ RUNS=${RUNS:-runs/seed$SEED}
 MODEL="--preset d12 --n-embd 512 --n-head 4 --n-kv-head 2 --mlp-hidden 2752 --vocab-size 8192
     --data $DATA --seed $SEED --total-batch-tokens 65536 --device-batch-size 32 --eval-every 40
     --eval-tokens 1048576"
-# the best of a sweep in both arms, docs/optimizer.md
+# what a sweep chose for both arms, docs/optimizer.md
 RATES="--matrix-lr 0.08 --embedding-lr 1.2 --unembedding-lr 0.008 --scalar-lr 0.1 --weight-decay 0.15"
 # the card's proportions: 66 B tokens, of 83,923 steps 1,000 of warmup; 40 B, of 50,800 steps 1,000
 FIRST="--num-steps 520 --warmup-steps 6 --peak-lrm 1.0 --warmdown-ratio 0.65 --final-lrm 0.05"
