@@ -821,7 +821,9 @@ Final checkpoints
     accuracy full | accuracy/full
     accuracy, last stage | accuracy/single/-1
     s0 = full | routing/base_agreement
-    acceptance α | speculative/acceptance""").values())
+    routed to s0 | routing/fraction
+    acceptance α | speculative/acceptance
+    bound 0 → 1 | wand/p99_bounds/0""").values())
     lines = []
     for one in runs:
         row = one["row"]

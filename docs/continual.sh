@@ -61,8 +61,11 @@ train bp-cycle --continue-from "$RUNS/bp/step-00520" $CYCLE $END
 train joint $MODEL $RATES $FIRST --objective joint $END
 train bp6 $MODEL $RATES $FIRST --objective bp --n-layer 6 $END
 
-# what the ends can do; final checkpoints side by side, of each phase
+# what the ends can do
 python tasks.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp,bp-cycle,joint,bp6} \
     ${REQUESTS:+--requests "$REQUESTS"}
-python evaluate.py "$RUNS"/{poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp-cycle}
-python evaluate.py "$RUNS"/{poe,bp,joint,bp6}
+# final checkpoints side by side, gaps to the first of a line: to the seed, to the second cycle, to the long one; the first phase
+python evaluate.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean}
+python evaluate.py "$RUNS"/{poe-cycle,poe-held,poe-reset,poe-long,bp-cycle}
+python evaluate.py "$RUNS"/{poe-long,poe-cycle,poe-held,poe-reset,bp-cycle}
+python evaluate.py "$RUNS"/{bp,poe,joint,bp6}

@@ -280,12 +280,12 @@ def test_runs_stand_in_one_table_with_gaps_multipliers_and_who_wins():
     assert "against poe: again noise, bp better." in text
     lines = text.splitlines()[-3:]
     assert lines[0] == ("| poe | 110,000 | 5,500,000 | 0.800000 | 0.805671 | 0.803292 | 0.802526 | 0.801884 "
-                        "| 0.4513 | 0.4517 | 0.9697 | 0.9375 | 1.000x |")
+                        "| 0.4513 | 0.4517 | 0.9697 | 72.36% | 0.9375 | 3.7770 | 1.000x |")
     assert "| 0.808000 (+1.00% ± 1.77%) | 0.805671 (+0.00%) |" in lines[1]
     # half of the 100 steps, of the same model
     assert lines[1].endswith("| 0.500x |")
     assert lines[2] == ("| bp | 110,000 | 5,500,000 | 0.676800 (-15.40%) "
-                        "| 0.676800 | — | — | — | 0.5000 (+10.79%) | 0.5000 | — | — | — |")
+                        "| 0.676800 | — | — | — | 0.5000 (+10.79%) | 0.5000 | — | — | — | — | — |")
 
 
 def test_tasks_that_all_have_are_compared_pair_by_pair():
