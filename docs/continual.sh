@@ -64,8 +64,8 @@ train bp6 $MODEL $RATES $FIRST --objective bp --n-layer 6 $END
 # what the ends can do
 python tasks.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp,bp-cycle,joint,bp6} \
     ${REQUESTS:+--requests "$REQUESTS"}
-# final checkpoints side by side, gaps to the first of a line: to the seed, to the second cycle, to the long one; the first phase
-python evaluate.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean}
-python evaluate.py "$RUNS"/{poe-cycle,poe-held,poe-reset,poe-long,bp-cycle}
+# final checkpoints side by side, gaps to the first of each line: the seed, the second cycle, the long one, backprop
+python evaluate.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean,joint,bp,bp-cycle,bp6}
+python evaluate.py "$RUNS"/{poe-cycle,poe,poe-mean,poe-held,poe-reset,poe-long,bp-cycle}
 python evaluate.py "$RUNS"/{poe-long,poe-cycle,poe-held,poe-reset,bp-cycle}
 python evaluate.py "$RUNS"/{bp,poe,joint,bp6}

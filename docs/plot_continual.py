@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import read_log
+from schedule import learning_rate, phase_of
 
 LINES = {"poe": ("first phase", "k"), "poe-cycle": ("re-warmed to half its peak", "C0"),
          "poe-reset": ("the same, optimizer anew", "C4"), "poe-held": ("last rate held", "C1"),
@@ -28,9 +29,12 @@ for folder, dashes in zip(folders, ("-", "--", ":")):
         batch = log[0]["config"]["total_batch_tokens"] / 1e6
         values = [(entry["step"] * batch, entry["bpb"]["full"]) for entry in log if entry["kind"] == "val"]
         curves.plot(*zip(*values), dashes, color=color, label=label if dashes == "-" else None)
-        lrm = [(entry["step"] * batch, entry["lrm"]) for entry in log if entry["kind"] == "step"]
         if dashes == "-" and name.startswith("poe"):
-            rates.plot(*zip(*lrm), color=color)
+            phase = phase_of(log[0]["phases"][-1])
+            steps = range(phase.anchor, phase.anchor + phase.num_steps + 1)
+            # as wide as not to hide poe-cycle's, which is poe-reset's too
+            rates.plot([step * batch for step in steps], [learning_rate(phase, step) for step in steps],
+                       color=color, linewidth=4 if name == "poe-cycle" else 1.5)
 ends = [line.get_ydata()[-1] for line in curves.lines]
 curves.set(ylim=(min(ends) - 0.01, max(ends) + 0.12), ylabel="validation bits per byte")
 curves.legend()
