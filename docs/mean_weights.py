@@ -14,7 +14,7 @@ from checkpoint import digest, load_tensors, write_manifest
 
 *steps, _, out = map(Path, sys.argv[1:])
 mean = out / steps[-1].name
-mean.mkdir(parents=True)
+mean.mkdir(parents=True, exist_ok=True)
 shutil.copy(steps[-1].parent / "config.json", out)
 names = ("config.json", "state.json", "tokenizer.txt", "tokenizer.json")
 for name in names:
