@@ -23,11 +23,11 @@ RUNS=${RUNS:-runs/seed$SEED}
 MODEL="--preset d12 --n-embd 512 --n-head 4 --n-kv-head 2 --mlp-hidden 2752 --vocab-size 8192
     --data $DATA --seed $SEED --total-batch-tokens 65536 --device-batch-size 32 --eval-every 40
     --eval-tokens 1048576"
-# what a sweep chose for both arms, docs/optimizer.md
+# the first two a sweep's for both arms, docs/optimizer.md
 RATES="--matrix-lr 0.08 --embedding-lr 1.2 --unembedding-lr 0.008 --scalar-lr 0.1 --weight-decay 0.15"
 # the card's proportions: 66 B tokens, of 83,923 steps 1,000 of warmup; 40 B, of 50,800 steps 1,000
 FIRST="--num-steps 520 --warmup-steps 6 --peak-lrm 1.0 --warmdown-ratio 0.65 --final-lrm 0.05"
-CYCLE="--num-steps 320 --warmup-steps 6 --peak-lrm 0.5 --warmdown-ratio 0.55 --final-lrm 0.0"
+CYCLE="--num-steps 320 --warmup-steps 6 --warmdown-ratio 0.55 --final-lrm 0.0"
 END="--save-every -1"
 
 # train NAME FLAGS: a run, or the rest of one that was interrupted
@@ -41,17 +41,19 @@ train() {
 
 # the card's: the first phase, then half the peak from its restored state
 train poe $MODEL $RATES $FIRST --objective poe --save-every 130
-train poe-cycle --continue-from "$RUNS/poe/step-00520" $CYCLE --save-every 24
+train poe-cycle --continue-from "$RUNS/poe/step-00520" $CYCLE --peak-lrm 0.5 --save-every 24
 python evaluate.py "$RUNS/poe-cycle"
 python evaluate.py "$RUNS/poe"
 python tasks.py "$RUNS"/poe/step-00{130,260,390} "$RUNS"/poe-cycle/step-00{520,{528..840..24}} \
     --tasks arc_easy,sciq,lambada,squad,jeopardy ${REQUESTS:+--requests "$REQUESTS"}
 
-# controls of the second phase: the first one's last rate held; the optimizer's state begun anew; one cycle
-# over all tokens, to the same last rate; the mean of weights at the end of the peak
+# controls of the second phase: lower peaks; the first phase's last rate held; the optimizer's state begun
+# anew; one cycle over all tokens, to the same last rate; the mean of weights at the end of the peak
+train poe-quarter --continue-from "$RUNS/poe/step-00520" $CYCLE --peak-lrm 0.25 $END
+train poe-tenth --continue-from "$RUNS/poe/step-00520" $CYCLE --peak-lrm 0.1 $END
 train poe-held --continue-from "$RUNS/poe/step-00520" --num-steps 320 --warmup-steps 0 --peak-lrm 0.05 \
     --warmdown-ratio 0 --final-lrm 0.05 $END
-train poe-reset --continue-from "$RUNS/poe/step-00520" --reset-optimizer $CYCLE $END
+train poe-reset --continue-from "$RUNS/poe/step-00520" --reset-optimizer $CYCLE --peak-lrm 0.5 $END
 train poe-long $MODEL $RATES --objective poe --num-steps 840 --warmup-steps 10 --peak-lrm 1.0 \
     --warmdown-ratio 0.65 --final-lrm 0.0 $END
 [ -e "$RUNS/poe-mean/step-00648/manifest.json" ] ||
@@ -59,15 +61,16 @@ train poe-long $MODEL $RATES --objective poe --num-steps 840 --warmup-steps 10 -
 
 # controls of the objective: backprop in both phases; all losses without the detach; half the depth
 train bp $MODEL $RATES $FIRST --objective bp $END
-train bp-cycle --continue-from "$RUNS/bp/step-00520" $CYCLE $END
+train bp-cycle --continue-from "$RUNS/bp/step-00520" $CYCLE --peak-lrm 0.5 $END
 train joint $MODEL $RATES $FIRST --objective joint $END
 train bp6 $MODEL $RATES $FIRST --objective bp --n-layer 6 $END
 
 # what the ends can do
-python tasks.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean,bp,bp-cycle,joint,bp6} \
-    ${REQUESTS:+--requests "$REQUESTS"}
-# final checkpoints side by side, gaps to the first of each line: the seed, the second cycle, the long one, backprop
-python evaluate.py "$RUNS"/{poe,poe-cycle,poe-held,poe-reset,poe-long,poe-mean,joint,bp,bp-cycle,bp6}
-python evaluate.py "$RUNS"/{poe-cycle,poe,poe-mean,poe-held,poe-reset,poe-long,bp-cycle}
-python evaluate.py "$RUNS"/{poe-long,poe-cycle,poe-held,poe-reset,bp-cycle}
+second=("$RUNS"/poe-{cycle,quarter,tenth,held,reset,long,mean})
+python tasks.py "$RUNS/poe" "${second[@]}" "$RUNS"/{joint,bp,bp-cycle,bp6} ${REQUESTS:+--requests "$REQUESTS"}
+# final checkpoints side by side, gaps to the first of each line: the seed, the second cycle, the long one,
+# backprop
+python evaluate.py "$RUNS/poe" "${second[@]}" "$RUNS"/{joint,bp,bp-cycle,bp6}
+python evaluate.py "$RUNS"/{poe-cycle,poe,poe-mean,poe-quarter,poe-tenth,poe-held,poe-reset,poe-long,bp-cycle}
+python evaluate.py "$RUNS"/{poe-long,poe-cycle,poe-quarter,poe-tenth,poe-held,poe-reset,bp-cycle}
 python evaluate.py "$RUNS"/{bp,poe,joint,bp6}
