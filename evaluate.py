@@ -25,6 +25,7 @@ Broder et al., CIKM 2003.
 import hashlib
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -791,10 +792,12 @@ def print_report(paths, runs, rows, config):
         return
     text = "\n".join(summary({**row, "name": str(step)}) for step, row in rows.items())
     if runs == paths and len(rows) > 1:
-        text = compare([{"name": str(step.parent), "row": row,
-                         "record": read_json(step.parent / "config.json"),
-                         "log": read_log(step.parent / "log.jsonl")} for step, row in rows.items()])
-        text += "\n\n" + task_table({str(step.parent): read_tasks(step, "full") for step in rows})
+        folders = [step.parent.resolve() for step in rows]
+        names = [os.path.relpath(folder, os.path.commonpath(folders)) for folder in folders]
+        text = compare([{"name": name, "row": row, "record": read_json(step.parent / "config.json"),
+                         "log": read_log(step.parent / "log.jsonl")}
+                        for name, (step, row) in zip(names, rows.items())])
+        text += "\n\n" + task_table({name: read_tasks(step, "full") for name, step in zip(names, rows)})
     if not config.json:
         print(text)
 
