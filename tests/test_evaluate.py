@@ -461,8 +461,7 @@ def test_runs_are_compared_at_their_last_steps_and_refused_before_measuring_wher
     evaluate_runs(run, other)
     out = capsys.readouterr().out
     # names begin where the paths part
-    shared = os.path.commonpath([run, other])
-    assert f"| {run.relative_to(shared)} | 6 |" in out and f"| {other.relative_to(shared)} | 3 |" in out
+    assert "| run | 6 |" in out and "| other | 3 |" in out
     assert "| quiz rc, abcdef, acc_raw: gold_bpb | 2.000000 ± 0.100000 | +0.000000≈ ± 0.141421 |" in out
     model = read_json(other / "config.json")["model"]
     change_json(other / "config.json", model=model | {"sequence_len": 8})
