@@ -792,6 +792,7 @@ def print_report(paths, runs, rows, config):
         return
     text = "\n".join(summary({**row, "name": str(step)}) for step, row in rows.items())
     if runs == paths and len(rows) > 1:
+        # runs go by what tells their paths apart
         folders = [step.parent.resolve() for step in rows]
         names = [os.path.relpath(folder, os.path.commonpath(folders)) for folder in folders]
         text = compare([{"name": name, "row": row, "record": read_json(step.parent / "config.json"),

@@ -467,8 +467,8 @@ def restore_newest(config, phase, ranks, model, optimizer):
     newest = newest_whole(Path(config.out), ranks, reset_at)
     if newest is None:
         return {"step": 0, "sample": 0, "train_time": 0.0}
-    say(ranks, f"{'resuming' if config.resume else 'a new phase from'} {newest}")
     state = read_json(newest / "state.json")
+    say(ranks, f"{'resuming' if state['step'] > phase.anchor else 'a new phase from'} {newest}")
     with ranks.together():
         if state["step"] > phase.end:
             raise ValueError(f"{newest} is past the run's end, step {phase.end}; raise --num-steps")

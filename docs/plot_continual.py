@@ -1,7 +1,7 @@
 """
 The picture of continual.sh: validation bits per byte over the tokens seen, a line a run.
 
-    python docs/plot_continual.py docs/results/seed0 docs/results/seed1 --out docs/continual.png
+    python docs/plot_continual.py docs/results/seed0 --out docs/continual.png         # or several seeds
 
 A folder holds NAME/log.jsonl, as in RUNS, or copies of them as NAME.jsonl. The first seed's lines are whole.
 """
@@ -32,7 +32,7 @@ for folder, dashes in zip(folders, ("-", "--", ":")):
         if dashes == "-" and name.startswith("poe"):
             phase = phase_of(log[0]["phases"][-1])
             steps = range(phase.anchor, phase.anchor + phase.num_steps + 1)
-            # as wide as not to hide poe-cycle's, which is poe-reset's too
+            # poe-reset's lies on poe-cycle's
             rates.plot([step * batch for step in steps], [learning_rate(phase, step) for step in steps],
                        color=color, linewidth=4 if name == "poe-cycle" else 1.5)
 ends = [line.get_ydata()[-1] for line in curves.lines]

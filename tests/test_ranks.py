@@ -273,7 +273,7 @@ def test_what_one_rank_alone_sees_is_told_for_all(data, other_data, four_ranks, 
             PATCH.setattr(checkpoint, "checkpoint_steps", lambda out: steps(out)[:-1])
     codes, output = run_ranks(2, ["--resume", run], tmp_path, late)
     assert codes == [0, 0] and output[0].count("skipping") == 2, output
-    assert f"resuming {run / 'step-00020'}" in output[0]
+    assert f"a new phase from {run / 'step-00020'}" in output[0]
 
 
 @pytest.mark.parametrize("argv, message", table("""
