@@ -15,7 +15,7 @@ from checkpoint import read_log
 from schedule import learning_rate, phase_of
 
 LINES = {"poe": ("first phase", "k"), "poe-cycle": ("re-warmed to half its peak", "C0"),
-         "poe-reset": ("the same, optimizer anew", "C4"), "poe-held": ("last rate held", "C1"),
+         "poe-quarter": ("to a quarter of it", "C4"), "poe-held": ("last rate held", "C1"),
          "poe-long": ("one long cycle", "C2"), "bp": ("backprop, first phase", "0.6"),
          "bp-cycle": ("backprop, re-warmed", "C3")}
 
@@ -32,9 +32,7 @@ for folder, dashes in zip(folders, ("-", "--", ":")):
         if dashes == "-" and name.startswith("poe"):
             phase = phase_of(log[0]["phases"][-1])
             steps = range(phase.anchor, phase.anchor + phase.num_steps + 1)
-            # poe-reset's lies on poe-cycle's
-            rates.plot([step * batch for step in steps], [learning_rate(phase, step) for step in steps],
-                       color=color, linewidth=4 if name == "poe-cycle" else 1.5)
+            rates.plot([step * batch for step in steps], [learning_rate(phase, step) for step in steps], color=color)
 ends = [line.get_ydata()[-1] for line in curves.lines]
 curves.set(ylim=(min(ends) - 0.01, max(ends) + 0.12), ylabel="validation bits per byte")
 curves.legend()
