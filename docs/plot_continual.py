@@ -32,7 +32,8 @@ for folder, dashes in zip(folders, ("-", "--", ":")):
         if dashes == "-" and name.startswith("poe"):
             phase = phase_of(log[0]["phases"][-1])
             steps = range(phase.anchor, phase.anchor + phase.num_steps + 1)
-            rates.plot([step * batch for step in steps], [learning_rate(phase, step) for step in steps], color=color)
+            rates.plot([step * batch for step in steps], [learning_rate(phase, step) for step in steps],
+                       color=color)
 ends = [line.get_ydata()[-1] for line in curves.lines]
 curves.set(ylim=(min(ends) - 0.01, max(ends) + 0.12), ylabel="validation bits per byte")
 curves.legend()
