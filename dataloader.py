@@ -68,8 +68,7 @@ def reading(what, remedy):
     """Raise ValueError, naming what and remedy, where a file that the block reads is missing or damaged."""
     try:
         yield
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-            re.error) as e:
+    except Exception as e:
         raise ValueError(f"{what} cannot be read ({e!r}); {remedy}") from None
 
 

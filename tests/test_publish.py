@@ -171,12 +171,14 @@ def test_what_was_published_comes_back_by_import(runs, published, data, tmp_path
     --import published/main --out new/step-00006 --rename {"wte":"embedding"}     | wte
     run --out run                                                                 | something else
     other --out published --folders                                               | something else
-    --import published/main                                                       | step-00006"""))
+    --import published/main                                                       | step-00006
+    --import . --out new/step-00006                                               | cannot be read"""))
 def test_bad_input_gets_one_line_and_writes_nothing(
         argv, word, runs, published, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, path in {"run": runs / "0", "other": runs / "1", "published": published / "0"}.items():
         Path(name).symlink_to(path)
+    Path("cut.safetensors").touch()
     assert word in refused(publish.main, *argv.split()) and not Path("new").exists()
 
 
