@@ -19,7 +19,7 @@ DATA=${DATA:-shards/mix}
 SEED=${SEED:-0}
 RUNS=${RUNS:-runs/seed$SEED}
 
-# d12's layers and stages with 512 channels and 8,192 ids: 43 M in matrices, 4.2 M in each of five heads
+# d12's layers and stages with 512 channels and 8,192 ids: 81 M parameters, 43 M of them in matrices; bp 64 M
 MODEL="--preset d12 --n-embd 512 --n-head 4 --n-kv-head 2 --mlp-hidden 2752 --vocab-size 8192
     --data $DATA --seed $SEED --total-batch-tokens 65536 --device-batch-size 32 --eval-every 40
     --eval-tokens 1048576"
@@ -68,8 +68,8 @@ train bp6 $MODEL $RATES $FIRST --objective bp --n-layer 6 $END
 # what the ends can do
 second=("$RUNS"/poe-{cycle,quarter,tenth,held,reset,long,mean})
 python tasks.py "$RUNS/poe" "${second[@]}" "$RUNS"/{joint,bp,bp-cycle,bp6} ${REQUESTS:+--requests "$REQUESTS"}
-# final checkpoints side by side, gaps to the first of each line: the seed, the second cycle, the long one,
-# backprop
+# final checkpoints side by side, gaps to the first of each line: the first phase, the second cycle, the long
+# one, backprop
 python evaluate.py "$RUNS/poe" "${second[@]}" "$RUNS"/{joint,bp,bp-cycle,bp6}
 python evaluate.py "$RUNS"/{poe-cycle,poe,poe-mean,poe-quarter,poe-tenth,poe-held,poe-reset,poe-long,bp-cycle}
 python evaluate.py "$RUNS"/{poe-long,poe-cycle,poe-quarter,poe-tenth,poe-held,poe-reset,bp-cycle}
