@@ -190,7 +190,7 @@ def publish(run, out, config):
     mark = out / (".publish.json" if config.folders else ".git/publish.json")
     old = read_json(mark) if mark.exists() else []
     if not steps or set(old) - set(hashes) or (not old and out.exists() and os.listdir(out)):
-        raise ValueError(f"{run} has no checkpoints, or {out} holds something else than those "
+        raise ValueError(f"{run} is not a run with checkpoints, or {out} holds something else than those "
                          f"that were published of it; name a run, and a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     if not config.folders:

@@ -660,7 +660,7 @@ def write_report(folder, rows=None, as_json=False):
                 print(f"  {question:<38}{word:<17}{reasons}".rstrip())
     # printed first: a folder that cannot be written loses nothing
     write_whole(folder / "TRAJECTORY.md", text.encode())
-    remark = "; a picture needs several checkpoints, and pip install matplotlib"
+    remark = "; a picture needs several checkpoints, and matplotlib (pip install matplotlib)"
     if picture:
         phases = list(map(phase_of, read_json(folder / "config.json")["phases"]))
         plot(rows, phases, folder.resolve().name).savefig(folder / "trajectory.png")

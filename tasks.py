@@ -80,7 +80,8 @@ def read_task(file, tokenizer, sequence_len):
                 # nothing is predicted from the last token
                 room = sequence_len + 1 - len(ids)
                 if not 1 <= room <= sequence_len:
-                    raise ValueError(f"{text[:40]!r}... has {len(ids)} tokens, not 1 to {sequence_len}")
+                    raise ValueError(f"{text[:40]!r}... has {len(ids)} tokens; the model's context "
+                                     f"takes 1 to {sequence_len}")
                 right = line["label"] if isinstance(line["label"], int) else 0
                 length = {"acc_raw": 1, "acc_per_token": len(ids)}.get(metric, len(text))
                 answers.append((line["idx"], right, len(text.encode()), length, len(before) > room))

@@ -204,8 +204,8 @@ def find_files(flags):
         elif source["path"] or source.get("status", "open") == "open" or flags.only:
             missing.append(source["name"])
     if missing or not plan:
-        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw} (does it "
-                         f"exist?) or at its --source (--help lists the kinds); download it, give --source "
+        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw}, if that "
+                         f"exists, or at its --source (--help lists the kinds); download it, give --source "
                          f"NAME=PATH, --extensions of plain text, or leave it out with --only. Where files "
                          f"of your own are called like sources of data/frontier_v1.json, rename them")
     return plan
@@ -216,7 +216,7 @@ def refuse(out, sha256=None, names=()):
     others = {file.name.partition(".")[0] for file in Path(out).glob("*.source.json")} - {*names}
     if others or Path(out, "tokenizer.txt").exists() and Tokenizer.load(out).sha256 != sha256:
         raise ValueError(f"{out} has another tokenizer, or sources that this command would drop "
-                         f"({', '.join(others)}); name another --out, or delete the folder")
+                         f"({', '.join(others) or 'none'}); name another --out, or delete the folder")
 
 
 def save_tokenizer(tokenizer, out):
@@ -265,9 +265,9 @@ def read_source(source, lost, say=warn):
         # a file of bad records alone is of another kind than its ending says
         lost["corrupt_files"] += n_bad == n_records > 0
         if errors or not n_given:
-            say(f"{path}: {n_bad} of {n_records} records skipped: {'; '.join(errors or ['no text in it'])} "
-                f"(where it is JSON it must be a record a line: jq -c '.[]' makes lines of an array, jq -c . "
-                f"of a document)")
+            say(f"{path}: {n_bad} of {n_records} records skipped: {'; '.join(errors)} (where it is JSON it "
+                f"must be a record a line: jq -c '.[]' makes lines of an array, jq -c . of a document)"
+                if errors else f"{path}: no text in it")
 
 
 # once in each process
@@ -543,8 +543,8 @@ def tokenize_source(source, out, tokenizer, pool, n_ahead):
     entry = {"name": name, "weight": source["weight"], "val_fraction": source["val_fraction"], **lost,
              "train": train.entries, "val": val.entries}
     write_whole(record, json.dumps(entry | {"key": key}).encode())
-    held_out = sum(shard["tokens"] for shard in val.entries)
-    print(f"source:{name} val_tokens:{held_out}", *(f"{what}:{n}" for what, n in lost.items()))
+    counts = {f"{split}_tokens": sum(shard["tokens"] for shard in entry[split]) for split in ("train", "val")}
+    print(f"source:{name}", *(f"{what}:{n}" for what, n in (counts | lost).items()))
     return entry
 
 

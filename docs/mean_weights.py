@@ -1,24 +1,51 @@
 """
-The mean of the weights of checkpoints, as a checkpoint that evaluate.py reads; it takes no training.
+The mean of the weights of a run's checkpoints, as a checkpoint that evaluate.py reads; it takes no training.
 
-    python docs/mean_weights.py RUN/step-00600 RUN/step-00620 --out MEAN     # MEAN/step-00620; beside RUN
+    python docs/mean_weights.py RUN/step-00600 RUN/step-00620 --out MEAN       # MEAN/step-00620
 """
-import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import digest, load_tensors, write_manifest
+from checkpoint import (
+    load_tensors,
+    read_json,
+    read_record,
+    recorded_in,
+    save_checkpoint,
+    verify_checkpoint,
+    write_json,
+)
+from common import Ranks, flag, parse_flags, run
+from dataloader import Tokenizer, reading
+from model import PoE
 
-*steps, _, out = map(Path, sys.argv[1:])
-mean = out / steps[-1].name
-mean.mkdir(parents=True, exist_ok=True)
-shutil.copy(steps[-1].parent / "config.json", out)
-names = ("config.json", "state.json", "tokenizer.txt", "tokenizer.json")
-for name in names:
-    shutil.copy(steps[-1] / name, mean)
-weights = [load_tensors(step / "model.pt") for step in steps]
-torch.save({name: sum(of[name] for of in weights) / len(steps) for name in weights[0]}, mean / "model.pt")
-write_manifest(mean, {name: digest(mean / name) for name in (*names, "model.pt")})
+
+@dataclass(frozen=True)
+class Flags:
+    out: str = flag("runs/mean", "new folder", path=True)
+
+
+def main():
+    given = parse_flags(Flags, __doc__, positionals=[("steps", "+", "step-XXXXX directories of one run")])
+    steps = list(map(Path, given.pop("steps")))
+    out = Path(Flags(**given).out)
+    weights = []
+    for step in steps:
+        verify_checkpoint(step, skip_optimizer=True)
+        weights.append(load_tensors(step / "model.pt"))
+    record = recorded_in(out, read_record(steps[-1].parent))
+    with reading("their mean", "name checkpoints of one run"):
+        mean = {name: sum(of[name] for of in weights) / len(steps) for name in weights[-1]}
+        model = PoE.from_config(record["model"], mean, torch.float32)
+    # an older one is not overwritten
+    out.mkdir(parents=True)
+    write_json(out / "config.json", record)
+    save_checkpoint(out, Ranks(), model, None, record, read_json(steps[-1] / "state.json"),
+                    Tokenizer.load(steps[-1]))
+
+
+run(main)

@@ -314,7 +314,7 @@ def test_a_file_of_another_kind_is_an_error_and_one_without_text_is_named(capsys
     setup(web=texts(300))
     Path("raw/web.empty.jsonl").write_text('{"text": ""}\n')
     tokenize()
-    assert "web.empty.jsonl: 0 of 1" in capsys.readouterr().err
+    assert "web.empty.jsonl: no text" in capsys.readouterr().err
     # one bad record of 302
     Path("raw/web.array.json").write_text(json.dumps([{"text": "x"}] * 500))
     tokenize("^web: corrupt")

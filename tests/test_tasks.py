@@ -112,4 +112,4 @@ def test_the_script_measures_what_is_new_and_refuses_bad_input(run, tmp_path, re
     file.write_bytes(b"no gzip")
     assert "cannot be read" in refused(tasks.main, *call)
     write_task(tmp_path, [(0, ("a", " Q" * 12))])
-    assert "has 24 tokens, not 1 to 16" in refused(tasks.main, *call)
+    assert "has 24 tokens; the model's context takes 1 to 16" in refused(tasks.main, *call)
