@@ -204,10 +204,11 @@ def find_files(flags):
         elif source["path"] or source.get("status", "open") == "open" or flags.only:
             missing.append(source["name"])
     if missing or not plan:
-        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw}, if that "
-                         f"exists, or at its --source (--help lists the kinds); download it, give --source "
-                         f"NAME=PATH, --extensions of plain text, or leave it out with --only. Where files "
-                         f"of your own are called like sources of data/frontier_v1.json, rename them")
+        absent = "" if os.path.exists(flags.raw) else ", which does not exist,"
+        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw}{absent} or "
+                         f"at its --source (--help lists the kinds); download it, give --source NAME=PATH, "
+                         f"--extensions of plain text, or leave it out with --only. Where files of your own "
+                         f"are called like sources of data/frontier_v1.json, rename them")
     return plan
 
 
