@@ -205,10 +205,10 @@ def find_files(flags):
             missing.append(source["name"])
     if missing or not plan:
         absent = "" if os.path.exists(flags.raw) else ", which does not exist,"
-        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw}{absent} or "
-                         f"at its --source (--help lists the kinds); download it, give --source NAME=PATH, "
-                         f"--extensions of plain text, or leave it out with --only. Where files of your own "
-                         f"are called like sources of data/frontier_v1.json, rename them")
+        raise ValueError(f"source {', '.join(missing)} has no file that can be read in {flags.raw}{absent} "
+                         f"or at its --source (--help lists the kinds); download it, give --source "
+                         f"NAME=PATH, --extensions of plain text, or leave it out with --only. Where files "
+                         f"of your own are called like sources of data/frontier_v1.json, rename them")
     return plan
 
 
