@@ -262,8 +262,6 @@ def test_an_mlp_in_fp8_is_its_twin_in_float64_whose_factors_are_rounded():
         assert torch.equal(mlp(x), F.linear(F.relu(F.linear(x, mlp.c_fc.weight)).square(), mlp.c_proj.weight))
 
 
-# its own limit is 8; this model is small
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_no_kind_of_a_block_is_left_uncompiled(fp8, monkeypatch):
     """Training, then a last batch of one row: dynamo raises where it would run a block uncompiled."""
@@ -273,12 +271,14 @@ def test_no_kind_of_a_block_is_left_uncompiled(fp8, monkeypatch):
     model = PoE(ModelConfig(**{**CONFIG, "n_layer": 4, "stage_layers": (2, 2)}), torch.bfloat16)
     model.init_weights(0)
     model.fp8 = fp8
-    model.compile_regions()
-    model.cast_weights()
-    assert isinstance(model.blocks[0].mlp.c_fc.cast, tuple) == fp8
-    list(model.backward_by_stage(*tokens(), 1 / 33))
-    with torch.no_grad():
-        list(model.boundaries(tokens(1)[0]))
+    # dynamo's own limit is 8; this model is small
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
+        model.compile_regions()
+        model.cast_weights()
+        assert isinstance(model.blocks[0].mlp.c_fc.cast, tuple) == fp8
+        list(model.backward_by_stage(*tokens(), 1 / 33))
+        with torch.no_grad():
+            list(model.boundaries(tokens(1)[0]))
     # training: the first block, whose x is x0, then gradients of both, of none, of x alone; the loss.
     # Validation: the first block, a value embedding or none.
     # In fp8, each of the two matrices as it is rounded.
