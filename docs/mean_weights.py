@@ -41,7 +41,7 @@ def main():
     with reading("their mean", "name checkpoints of one run"):
         mean = {name: sum(of[name] for of in weights) / len(steps) for name in weights[-1]}
         model = PoE.from_config(record["model"], mean, torch.float32)
-    # an older one is not overwritten
+    # raises where it exists: nothing is overwritten
     out.mkdir(parents=True)
     write_json(out / "config.json", record)
     save_checkpoint(out, Ranks(), model, None, record, read_json(steps[-1] / "state.json"),

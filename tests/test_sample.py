@@ -281,7 +281,7 @@ kernels.CHUNK = 16
 kernels.PART = 2
 kernels.gdc_wait = kernels.gdc_launch_dependents = lambda: None
 tl.inline_asm_elementwise = lambda *args, **kwargs: None
-# once for all: a quarter of the time went into doing it again wherever a kernel calls a function
+# the interpreter patches the language once, not at every call of a function: a quarter of the time
 interpreter._patch_lang(tl.max.fn)
 interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 torch.set_num_threads(1)
